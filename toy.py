@@ -1,0 +1,146 @@
+"""A small world of synthetic videos, written as real video files, with labels.
+
+One shape on a plain background, in one of four colours, moving in one of four ways. Two tasks on the same videos:
+  motion       sideways, up-and-down, spin or scale: a single frame cannot tell (temporally heavy, like SSV2)
+  appearance   which shape in which colour, 16 classes: a single frame tells (spatially heavy, like UCF101)
+and a third, harder one: direction, each motion forwards or backwards, 8 classes.
+
+Everything lives on a torus and each quantity a motion changes is uniform at every moment in every video, so that no
+single frame gives the motion away.
+
+    python toy.py            writes datasets/toy and a picture of it
+
+Shapes: F frames, S = 64 pixels.
+"""
+import argparse
+import os
+from concurrent.futures import ProcessPoolExecutor
+from functools import partial
+from pathlib import Path
+
+import imageio.v2 as imageio
+import numpy as np
+
+import data
+
+SIZE, FRAMES, FPS = 64, 32, 8
+SPLITS = {"pretrain": 2400, "train": 400, "val": 300, "test": 500}  # pretrain: its labels are never used
+MOTIONS = ("sideways", "up-and-down", "spin", "scale")
+DIRECTIONS = ("right", "left", "down", "up", "clockwise", "anticlockwise", "grow", "shrink")
+SHAPES = ("square", "triangle", "cross", "bar")
+COLOURS = {"red": (200, 50, 50), "green": (50, 150, 70), "blue": (50, 80, 200), "yellow": (220, 190, 40)}
+LOOKS = tuple(f"{colour} {shape}" for colour in COLOURS for shape in SHAPES)
+CLASSES = {"motion": MOTIONS, "direction": DIRECTIONS, "appearance": LOOKS}
+BACKGROUNDS = (235, 200, 130, 90)  # greys
+RADIUS = (10, 17)  # pixels
+
+
+def draw_video(number, seed=0):
+    """Renders one video -> (uint8 (F, S, S, 3), {label set: class})."""
+    random = np.random.default_rng((seed, number))
+    motion, sign, shape, colour = (int(random.integers(n)) for n in (4, 2, 4, 4))
+    step = np.arange(FRAMES) * (1 - 2 * sign)  # forwards or backwards
+    x, y = random.uniform(0, SIZE, 2)
+    angle = random.uniform(0, 2 * np.pi)
+    phase = random.uniform()  # of the radius between its bounds
+    if motion == 0:
+        x = x + step * random.uniform(1.5, 3)  # pixels a frame
+    elif motion == 1:
+        y = y + step * random.uniform(1.5, 3)
+    elif motion == 2:
+        angle = angle + step * random.uniform(0.1, 0.2)  # radians a frame
+    else:
+        phase = phase + step * random.uniform(0.04, 0.08)  # sweeps a frame
+    radius = RADIUS[0] + (RADIUS[1] - RADIUS[0]) * (phase % 1)
+    x, y, angle, radius = (np.broadcast_to(q, FRAMES)[:, None, None] for q in (x, y, angle, radius))  # (F, 1, 1)
+    pixel = np.arange(SIZE) + 0.5
+    dx = (pixel[None, None, :] - x + SIZE / 2) % SIZE - SIZE / 2  # (F, 1, S), on the torus
+    dy = (pixel[None, :, None] - y + SIZE / 2) % SIZE - SIZE / 2  # (F, S, 1)
+    u = (dx * np.cos(angle) + dy * np.sin(angle)) / radius  # (F, S, S), in radii along the shape's own axes
+    v = (dy * np.cos(angle) - dx * np.sin(angle)) / radius
+    inside = np.clip(0.5 - _distance(SHAPES[shape], u, v) * radius, 0, 1)[..., None]  # (F, S, S, 1), soft edge
+    ink = np.array(list(COLOURS.values())[colour], float)
+    if random.integers(2):  # half of the shapes have a dark end, which also shows the angle
+        ink = np.where(u[..., None] > 0.35, ink * 0.6, ink)
+    background = BACKGROUNDS[random.integers(len(BACKGROUNDS))]
+    video = (background * (1 - inside) + ink * inside).round().astype(np.uint8)
+    return video, {"motion": motion, "direction": 2 * motion + sign, "appearance": 4 * colour + shape}
+
+
+def _distance(shape, u, v):
+    """How far a point is outside the shape (negative: inside), in radii."""
+    if shape == "square":
+        return np.maximum(abs(u), abs(v)) - 0.75
+    if shape == "bar":
+        return np.maximum(abs(u) - 1, abs(v) - 0.4)
+    if shape == "cross":
+        return np.maximum(np.minimum(abs(u), abs(v)) - 0.28, np.maximum(abs(u), abs(v)) - 0.95)
+    return np.maximum.reduce([-u - 0.5, 0.5 * u + 0.866 * v - 0.5, 0.5 * u - 0.866 * v - 0.5])  # triangle
+
+
+def write_video(number, folder, seed):
+    """Renders and encodes video `number` -> its labels."""
+    video, labels = draw_video(number, seed)
+    with imageio.get_writer(folder / f"{number:05d}.mp4", fps=FPS, codec="libx264", macro_block_size=8,
+                            output_params=["-preset", "ultrafast", "-crf", "8", "-threads", "1"]) as writer:
+        for frame in video:
+            writer.append_data(frame)
+    return labels
+
+
+def make(root, splits=None, seed=0, workers=None):
+    """Writes the world: root/videos/*.mp4, root/<label set>/<split>.txt and classes.txt, root/toy.png.
+
+    Whatever stands there already from a whole earlier call is left as it is. Returns root.
+    """
+    root, splits = Path(root), splits or SPLITS
+    finished = root / "toy.png"  # written last
+    if finished.is_file():
+        return root
+    (root / "videos").mkdir(parents=True, exist_ok=True)
+    total = sum(splits.values())
+    with ProcessPoolExecutor(workers or os.cpu_count()) as pool:
+        written = pool.map(partial(write_video, folder=root / "videos", seed=seed), range(total), chunksize=16)
+        labels = list(data.progress(written, "toy videos", total, " videos"))
+    for name, classes in CLASSES.items():
+        (root / name).mkdir(exist_ok=True)
+        data.write_whole(root / name / "classes.txt", "".join(f"{c}\n" for c in classes))
+        start = 0
+        for split, count in splits.items():
+            lines = [f"../videos/{i:05d}.mp4 {labels[i][name]}\n" for i in range(start, start + count)]
+            data.write_whole(root / name / f"{split}.txt", "".join(lines))
+            start += count
+    imageio.imwrite(finished, picture(seed))
+    return root
+
+
+def split_videos(root, split):
+    """The videos of a split with all their labels -> [(path, {label set: class})]."""
+    lists = {name: data.list_videos("list", Path(root) / name, split) for name in CLASSES}
+    paths = [path for path, _ in lists["motion"]]
+    return [(path, {name: lists[name][i][1] for name in CLASSES}) for i, path in enumerate(paths)]
+
+
+def picture(seed=0):
+    """Eight videos, one of each direction, six moments each -> uint8 (rows, columns, 3)."""
+    rows, number = {}, 0
+    while len(rows) < len(DIRECTIONS):
+        video, labels = draw_video(number, seed)
+        row = np.pad(video[:18:3], ((0, 0), (0, 4), (0, 4), (0, 0)), constant_values=255)  # (6, S + 4, S + 4, 3)
+        rows.setdefault(labels["direction"], row.swapaxes(0, 1).reshape(SIZE + 4, -1, 3))
+        number += 1
+    columns = [np.concatenate([rows[d] for d in range(first, 8, 2)]) for first in (0, 1)]
+    return np.concatenate([columns[0], np.full((len(columns[0]), 12, 3), 255, np.uint8), columns[1]], axis=1)
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--out", default="datasets/toy", help="where to write")
+    parser.add_argument("--seed", type=int, default=0)
+    args = parser.parse_args()
+    root = make(args.out, seed=args.seed)
+    print(f"{root}: {', '.join(f'{count} {split}' for split, count in SPLITS.items())} videos; picture: {root}/toy.png")
+
+
+if __name__ == "__main__":
+    main()

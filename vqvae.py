@@ -1,0 +1,392 @@
+"""Pixels -> tokens: a VQ-VAE with 8x down-sampling; trains one, and tokenises videos with one.
+
+    python vqvae.py train --videos DIR --out vqvae.pt
+    python vqvae.py tokenize --videos DIR --tokenizer vqvae.pt --out tokens/mine
+    torchrun --nproc-per-node 8 vqvae.py tokenize ...      each process takes its share of the videos
+
+Shapes: N frames, S frame side in pixels, h = w = S/8, K codes, c dimensions of a code.
+"""
+import hashlib
+import math
+import os
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from torch import nn
+
+import data
+import training
+from training import option
+
+
+class Codebook(nn.Module):
+    """K code vectors that follow the mean of what is assigned to them (exponential moving averages).
+
+    A code whose average use falls below a tenth of an even share is moved onto a random input: without this, most
+    codes of a plain world would never be used. The first batch starts the codes, spread as k-means++ does.
+    """
+
+    def __init__(self, codes, dim, decay=0.99):
+        super().__init__()
+        self.decay = decay
+        self.register_buffer("codes", torch.zeros(codes, dim))
+        self.register_buffer("count", torch.zeros(codes))  # moving average of how many inputs each code gets
+        self.register_buffer("total", torch.zeros(codes, dim))  # and of their sum
+        self.register_buffer("started", torch.tensor(False))
+
+    def nearest(self, z):
+        """z: (n, c) -> the nearest code of each (n,)."""
+        return (self.codes.square().sum(dim=1) - 2 * z @ self.codes.t()).argmin(dim=1)
+
+    def forward(self, z):
+        """z: (n, c) -> quantised (n, c) with a straight-through gradient, codes (n,), commitment loss."""
+        if self.training and not self.started:
+            self.start(z.detach())
+        index = self.nearest(z)  # (n,)
+        quantised = self.codes[index]  # (n, c)
+        commitment = F.mse_loss(z, quantised)
+        if self.training:
+            self.update(z.detach(), index)
+        return z + (quantised - z).detach(), index, commitment
+
+    @torch.no_grad()
+    def start(self, z):
+        """k-means++: each code is an input drawn in proportion to its squared distance from the codes so far."""
+        z = z[torch.randperm(len(z), device=z.device)[:10000]]
+        z = z + 1e-4 * z.std() * torch.randn_like(z)  # more codes than distinct inputs still get distinct codes
+        chosen = [z[torch.randint(len(z), (), device=z.device)]]
+        distance = torch.full((len(z),), math.inf, device=z.device)
+        while len(chosen) < len(self.codes):
+            distance = torch.minimum(distance, (z - chosen[-1]).square().sum(dim=1))  # (n,)
+            chosen.append(z[torch.multinomial(distance, 1)[0]])
+        self.codes.copy_(torch.stack(chosen))
+        self.total.copy_(self.codes)
+        self.count.fill_(1)
+        self.started.fill_(True)
+
+    @torch.no_grad()
+    def update(self, z, index):
+        """Moves every code towards the mean of its inputs, then replaces dead ones."""
+        count = torch.zeros_like(self.count).index_add_(0, index, torch.ones_like(index, dtype=z.dtype))  # (K,)
+        total = torch.zeros_like(self.total).index_add_(0, index, z)  # (K, c)
+        self.count.lerp_(count, 1 - self.decay)
+        self.total.lerp_(total, 1 - self.decay)
+        self.codes.copy_(self.total / self.count.clamp(min=1e-5)[:, None])
+        even = self.count.sum() / len(self.count)
+        dead = self.count < 0.1 * even * min(1.0, len(z) / len(self.count))
+        if dead.any():
+            inputs = z[torch.randint(len(z), (int(dead.sum()),), device=z.device)]
+            self.codes[dead], self.total[dead], self.count[dead] = inputs, inputs * even, even
+
+
+class Residual(nn.Module):
+    def __init__(self, width, size):
+        super().__init__()
+        self.body = nn.Sequential(nn.ReLU(), nn.Conv2d(width, width, size, padding=size // 2),
+                                  nn.ReLU(), nn.Conv2d(width, width, 1))
+
+    def forward(self, x):
+        return x + self.body(x)
+
+
+class VQVAE(nn.Module):
+    """A small tokenizer. Each 8x8 patch is encoded on its own, so that a token tells of its own place only; the
+    decoder sees the neighbours and smooths the seams."""
+
+    def __init__(self, codes=128, width=128, code_dim=16):
+        super().__init__()
+        self.settings = {"codes": codes, "width": width, "code_dim": code_dim}
+        self.vocab_size = codes
+        self.encoder = nn.Sequential(                # (N, 3, S, S)
+            nn.PixelUnshuffle(8),                    # (N, 192, h, w)
+            nn.Conv2d(3 * 64, width, 1),
+            Residual(width, 1),
+            Residual(width, 1),
+            nn.Conv2d(width, code_dim, 1))           # (N, c, h, w)
+        self.codebook = Codebook(codes, code_dim)
+        self.decoder = nn.Sequential(                # (N, c, h, w)
+            nn.Conv2d(code_dim, width, 1),
+            Residual(width, 3),
+            Residual(width, 3),
+            nn.ReLU(),
+            nn.Conv2d(width, 3 * 64, 1),
+            nn.PixelShuffle(8))                      # (N, 3, S, S)
+
+    def forward(self, frames):
+        """frames: uint8 (N, S, S, 3) -> reconstruction error (mean squared, pixels in -1..1), commitment loss,
+        codes (N, h, w)."""
+        x = to_pixels(frames)
+        z = self.encoder(x)  # (N, c, h, w)
+        n, c, h, w = z.shape
+        quantised, index, commitment = self.codebook(z.permute(0, 2, 3, 1).reshape(-1, c))
+        error = F.mse_loss(self.decoder(quantised.reshape(n, h, w, c).permute(0, 3, 1, 2)), x)
+        return error, commitment, index.reshape(n, h, w)
+
+    @property
+    def device(self):
+        return self.codebook.codes.device
+
+    @torch.no_grad()
+    def encode(self, frames):
+        """uint8 (N, S, S, 3), S a multiple of 8 -> int64 (N, S/8, S/8) below vocab_size."""
+        z = self.encoder(to_pixels(torch.as_tensor(frames, device=self.device)))  # (N, c, h, w)
+        n, c, h, w = z.shape
+        return self.codebook.nearest(z.permute(0, 2, 3, 1).reshape(-1, c)).reshape(n, h, w)
+
+    @torch.no_grad()
+    def decode(self, tokens):
+        """int64 (N, h, w) -> uint8 (N, 8h, 8w, 3)."""
+        x = self.decoder(self.codebook.codes[torch.as_tensor(tokens, device=self.device)].permute(0, 3, 1, 2))
+        return ((x.clamp(-1, 1) + 1) * 127.5).round().byte().permute(0, 2, 3, 1)
+
+
+def to_pixels(frames):
+    """uint8 (N, S, S, 3) -> float (N, 3, S, S) in -1..1."""
+    return frames.permute(0, 3, 1, 2).float() / 127.5 - 1
+
+
+def fingerprint(tokenizer):
+    """Twelve hexadecimal digits that change with any weight -> str."""
+    digest = hashlib.sha256()
+    for key, value in sorted(tokenizer.state_dict().items()):
+        digest.update(key.encode() + value.detach().cpu().contiguous().numpy().tobytes())
+    return digest.hexdigest()[:12]
+
+
+def load_tokenizer(path):
+    """A tokenizer that `train` saved -> VQVAE in evaluation mode. Raises ValueError for any other file."""
+    content = torch.load(path, map_location="cpu", weights_only=True)
+    if "vqvae" not in content:
+        raise ValueError(f"{path} holds no tokenizer (python vqvae.py train makes one)")
+    tokenizer = VQVAE(**content["vqvae"])
+    tokenizer.load_state_dict(content["model"])
+    return tokenizer.eval()
+
+
+# ---------------------------------------------------------------- training one
+
+
+def sample_frames(videos, fps, size, most, workers):
+    """Frames spread evenly over a list of paths, for training a tokenizer -> uint8 (N, S, S, 3), errors [str]."""
+    chosen = [videos[i] for i in np.linspace(0, len(videos) - 1, min(len(videos), 1000)).round().astype(int)]
+    each = math.ceil(most / len(chosen))  # frames a video
+    frames, errors = [], []
+    decoded = data.decode_all(chosen, lambda path: data.read_frames(path, fps, size), workers)
+    for _, result in data.progress(decoded, "reading frames", len(chosen), " videos"):
+        if isinstance(result, data.VideoError):
+            errors.append(str(result))
+        else:
+            frames.append(result[np.linspace(0, len(result) - 1, min(each, len(result))).round().astype(int)])
+    if not frames:
+        raise ValueError("none of the videos could be decoded: " + "; ".join(errors[:3]))
+    return np.concatenate(frames), errors
+
+
+def train_tokenizer(frames, codes, steps, batch, lr, seed, device):
+    """Trains on uint8 frames (N, S, S, 3) by reconstruction error + 0.25 x commitment loss -> VQVAE."""
+    training.seed_all(seed)
+    tokenizer = VQVAE(codes).to(device).train()
+    optimizer = torch.optim.AdamW(tokenizer.parameters(), lr=lr, weight_decay=0)
+    frames = torch.from_numpy(frames)
+    bar = data.progress(range(steps), "training the tokenizer", unit=" steps")
+    for step in bar:
+        training.set_learning_rate(optimizer, training.learning_rate(step, steps, lr, warmup=0.05))
+        error, commitment, index = tokenizer(frames[torch.randint(len(frames), (batch,))].to(device))
+        optimizer.zero_grad()
+        (error + 0.25 * commitment).backward()
+        optimizer.step()
+        if step % 20 == 0:
+            bar.set_postfix_str(f"PSNR {psnr(error.item()):.1f} dB, {len(index.unique())} codes in the batch", refresh=False)
+    return tokenizer.eval()
+
+
+def psnr(error):
+    """Peak signal-to-noise ratio in dB of a mean squared error of pixels in -1..1."""
+    return 10 * math.log10(4 / max(error, 1e-10))
+
+
+@torch.no_grad()
+def measure(tokenizer, frames, batch=256):
+    """How good a tokenizer is on uint8 frames (N, S, S, 3) -> dict of error, psnr (dB), perplexity, codes_used."""
+    errors, counts = 0.0, torch.zeros(tokenizer.vocab_size)
+    for part in torch.from_numpy(frames).split(batch):
+        tokens = tokenizer.encode(part)
+        decoded = tokenizer.decode(tokens).cpu()
+        errors += (to_pixels(decoded) - to_pixels(part)).square().mean().item() * len(part)
+        counts += torch.bincount(tokens.flatten().cpu(), minlength=len(counts))
+    p = counts / counts.sum()
+    return {"error": errors / len(frames), "psnr": psnr(errors / len(frames)),
+            "perplexity": torch.exp(-(p * p.clamp(min=1e-10).log()).sum()).item(),
+            "codes_used": (counts > 0).float().mean().item()}
+
+
+def save_tokenizer(tokenizer, path):
+    Path(path).parent.mkdir(parents=True, exist_ok=True)
+    training.save(path, {"vqvae": tokenizer.settings, "model": tokenizer.state_dict()})
+
+
+def report(measures):
+    return (f"reconstruction error {measures['error']:.4f}, PSNR {measures['psnr']:.1f} dB, "
+            f"perplexity {measures['perplexity']:.0f}, codes used {100 * measures['codes_used']:.0f}%")
+
+
+# ---------------------------------------------------------------- tokenising with one
+
+
+def views_for(kind, size):
+    """The views that are cut from each video, as (shorter side, crop, flip): see data.read_views.
+
+    pretrain: the centre. train: 2 resizes x 3 crops x 2 flips. test: 3 crops.
+    """
+    crops = ("top-left", "center", "bottom-right")
+    if kind == "pretrain":
+        return [(size, "center", False)]
+    if kind == "train":
+        return [(resize, crop, flip) for resize in (size, size + size // 4) for crop in crops for flip in (False, True)]
+    return [(size, crop, False) for crop in crops]
+
+
+def tokenize(tokenizer, videos, root, out, fps, size, views, name, classes=None, workers=None, batch=256):
+    """Decodes and tokenises videos into a token store; what an earlier call wrote already is kept.
+
+    videos: [(path, {label set: class})]. root: what names in the store are relative to. views: from `views_for`.
+    name: what the store's header calls the tokenizer. Files that cannot be decoded are listed in out/errors.txt.
+    Returns (videos in the store, [error]).
+    """
+    rank, world = training.rank_and_world()
+    root = os.path.abspath(root)
+    header = {"tokenizer": name, "fingerprint": fingerprint(tokenizer), "vocab_size": tokenizer.vocab_size, "fps": fps,
+              "size": size, "height": size // 8, "width": size // 8, "views": views, "root": root, "classes": classes}
+    writer = data.StoreWriter(out, header, rank)
+    todo = {}
+    for number, (path, labels) in enumerate(videos):
+        relative = os.path.relpath(path, root)
+        if number % world == rank and relative not in writer.done:
+            todo[path] = (number, relative, labels)
+    errors, waiting = [], []
+
+    def flush():
+        frames = torch.from_numpy(np.concatenate([f.reshape(-1, size, size, 3) for _, f in waiting]))
+        tokens = torch.cat([tokenizer.encode(part) for part in frames.split(batch)]).cpu().numpy()
+        for path, f in waiting:
+            own, tokens = np.split(tokens, [len(views) * f.shape[1]])
+            number, relative, labels = todo[path]
+            writer.add(number, relative, own.reshape(len(views), -1, *own.shape[1:]), labels)
+        waiting.clear()
+
+    decoded = data.decode_all(todo, lambda path: data.read_views(path, fps, size, views), workers or os.cpu_count())
+    for path, result in data.progress(decoded, f"tokenising to {out}", len(todo), " videos", show=rank == 0):
+        if isinstance(result, data.VideoError):
+            errors.append(str(result))
+        else:
+            waiting.append((path, result))
+        if sum(f.shape[0] * f.shape[1] for _, f in waiting) >= batch:
+            flush()
+    if waiting:
+        flush()
+    writer.close()
+    data.write_whole(Path(out) / f"errors-{rank:05d}.txt", "".join(f"{line}\n" for line in errors))
+    if world > 1:
+        dist.barrier()
+    parts = sorted(Path(out).glob("errors-*.txt"))
+    errors = [line for part in parts for line in part.read_text().splitlines()]
+    if rank == 0:
+        data.write_whole(Path(out) / "errors.txt", "".join(f"{line}\n" for line in errors))
+        writer.finish()
+    if world > 1:
+        dist.barrier()
+    return len(videos) - len(errors), errors
+
+
+# ---------------------------------------------------------------- command line
+
+
+@dataclass
+class TrainConfig:
+    videos: str = option("", "folder of videos to train on")
+    out: str = option("vqvae.pt", "where to save the tokenizer")
+    codes: int = option(1024, "size of the codebook")
+    frame_size: int = option(128, "frame side in pixels, a multiple of 8")
+    fps: float = option(2.0, "frames a second to read")
+    frames: int = option(20000, "how many frames to train on, spread over the videos")
+    steps: int = option(3000, "training steps")
+    batch: int = option(64, "frames a step")
+    lr: float = option(2e-3, "peak learning rate")
+    seed: int = option(0, "random seed")
+    device: str = option("auto", "auto, cuda, mps or cpu")
+
+    def __post_init__(self):
+        check_size(self.frame_size)
+
+
+@dataclass
+class TokenizeConfig:
+    videos: str = option("", "folder of videos, without labels (short for --dataset folder --root DIR)")
+    dataset: str = option("folder", "how the videos are listed", choices=["folder", "list"])
+    root: str = option("", "the dataset's folder")
+    split: str = option("train", "which split")
+    views: str = option("pretrain", "which views of each video", choices=["pretrain", "train", "test"])
+    tokenizer: str = option("vqvae.pt", "file of the tokenizer")
+    out: str = option("tokens", "folder of the token store")
+    frame_size: int = option(128, "frame side in pixels, a multiple of 8")
+    fps: float = option(2.0, "frames a second to keep")
+    workers: int = option(0, "ffmpeg processes (0: one a core)")
+    batch: int = option(256, "frames a batch of the tokenizer")
+    device: str = option("auto", "auto, cuda, mps or cpu")
+
+    def __post_init__(self):
+        check_size(self.frame_size)
+
+
+def check_size(size):
+    if size < 8 or size % 8:
+        raise ValueError(f"--frame-size {size}: it must be a multiple of 8, because a token covers 8x8 pixels")
+
+
+def train_command(config):
+    with training.refusals():
+        videos = [path for path, _ in data.list_videos("folder", config.videos, "")]
+        device = training.pick_device(config.device)
+        frames, errors = sample_frames(videos, config.fps, config.frame_size, config.frames, os.cpu_count())
+    for line in errors:
+        print(f"skipped {line}")
+    held_out = frames[::20]
+    frames = np.delete(frames, np.s_[::20], axis=0) if len(frames) > 20 else frames
+    tokenizer = train_tokenizer(frames, config.codes, config.steps, config.batch, config.lr, config.seed, device)
+    save_tokenizer(tokenizer, config.out)
+    print(f"{config.out}: {report(measure(tokenizer, held_out))} (on {len(held_out)} frames held out)")
+
+
+def tokenize_command(config):
+    with training.refusals():
+        dataset, root = ("folder", config.videos) if config.videos else (config.dataset, config.root)
+        videos = [(path, {} if label is None else {"label": label})
+                  for path, label in data.list_videos(dataset, root, config.split)]
+        device = training.pick_device(config.device)
+        tokenizer = load_tokenizer(config.tokenizer).to(device)
+        views = views_for(config.views, config.frame_size)
+        count, errors = tokenize(tokenizer, videos, root, config.out, config.fps, config.frame_size, views,
+                                 Path(config.tokenizer).name, workers=config.workers, batch=config.batch)
+    for line in errors:
+        training.say(f"skipped {line}")
+    training.say(f"{config.out}: {count} videos tokenised, {len(errors)} could not be decoded")
+
+
+def main():
+    commands = {"train": (TrainConfig, train_command), "tokenize": (TokenizeConfig, tokenize_command)}
+    if len(sys.argv) < 2 or sys.argv[1] not in commands:
+        print(__doc__ if set(sys.argv[1:]) & {"-h", "--help"} else
+              "vqvae.py: say what to do: vqvae.py train or vqvae.py tokenize (--help after either shows its flags)",
+              file=sys.stderr)
+        sys.exit(0 if set(sys.argv[1:]) & {"-h", "--help"} else 2)
+    config_class, command = commands[sys.argv[1]]
+    command(training.parse(config_class, sys.argv[2:], __doc__, prog=f"vqvae.py {sys.argv[1]}"))
+
+
+if __name__ == "__main__":
+    main()
