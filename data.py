@@ -80,7 +80,7 @@ def read_views(path, fps, size, views):
         raise VideoError(f"{path}: {reason}")
     frame = len(views) * size * size * 3
     frames = np.frombuffer(pixels[:len(pixels) // frame * frame], np.uint8).reshape(-1, len(views), size, size, 3)
-    return frames.swapaxes(0, 1)
+    return frames.swapaxes(0, 1).copy()
 
 
 def _ffmpeg(path, graph, *options):

@@ -87,15 +87,13 @@ def hide(tokens, mask, vocab_size, noise=False, generator=None):
     noise: Sec. G.3's variant: 80% become MASK, 10% random codes, 10% stay what they are. The released code draws
     this once per cuboid, so pass `cuboids`; with a (B, T, H, W) mask every token draws for itself.
     """
-    if mask.dim() == 4:
-        mask = mask[:, None]  # (B, 1, T, H, W)
-    hidden = mask.any(dim=1) & (tokens != vocab_size + PAD)  # (B, T, H, W)
+    per_cuboid = mask.dim() == 5
+    hidden = (mask.any(dim=1) if per_cuboid else mask) & (tokens != vocab_size + PAD)  # (B, T, H, W)
     masked = torch.full_like(tokens, vocab_size + MASK)
     if noise:
-        per_token = mask.shape[1] == 1
-        shape = tokens.shape if per_token else (*mask.shape[:2], 1, 1, 1)
-        draw = torch.rand(shape, device=tokens.device, generator=generator)  # (B, T, H, W) or (B, N, 1, 1, 1)
-        if not per_token:  # where cuboids overlap, the last one decides
+        shape = (*mask.shape[:2], 1, 1, 1) if per_cuboid else tokens.shape
+        draw = torch.rand(shape, device=tokens.device, generator=generator)  # (B, N, 1, 1, 1) or (B, T, H, W)
+        if per_cuboid:  # where cuboids overlap, the last one decides
             last = mask.shape[1] - 1 - mask.flip(1).int().argmax(dim=1, keepdim=True)  # (B, 1, T, H, W)
             draw = draw.expand(mask.shape).gather(1, last)[:, 0]  # (B, T, H, W)
         random = torch.randint(vocab_size, tokens.shape, device=tokens.device, generator=generator)

@@ -32,12 +32,12 @@ import toy
 import training
 import vqvae
 from training import option
-from transformer import TokenHead, TransformerConfig, VideoTransformer, load_backbone, read_checkpoint
+from transformer import TokenHead, TransformerConfig, VideoTransformer, read_checkpoint
 
 PRESETS = {
-    "toy": dict(layers=3, dim=64, heads=4, head_dim=16, mlp_dim=256, frame_size=64, fps=8.0, codes=128,
-                min_stride=2, max_stride=4, projection_hidden=128, projection_layers=2, batch=16, lr=4e-3, steps=1000,
-                warmup=0.1, log_every=25, knn=20, workers=0),
+    "toy": dict(layers=3, dim=64, heads=4, head_dim=16, mlp_dim=256, frame_size=64, fps=8.0, codes=256, dropout=0.0,
+                min_stride=2, max_stride=4, projection_hidden=128, projection_layers=2, batch=32, lr=4e-3, steps=800,
+                tokenizer_steps=600, log_every=25, knn=20, workers=0),
     "small": dict(),  # the defaults below: Table 3 and the second column of Table 4
     "base": dict(layers=12, dim=768, heads=12, mlp_dim=3072),
     "large": dict(layers=24, dim=1024, heads=16, head_dim=32, projection_hidden=4096, projection_layers=3, epochs=90,
@@ -346,7 +346,7 @@ def train(config, model, store, blocks, device, monitor_folder):
     if first == 0:
         knn(0)
     model.train()
-    metrics, sums, since = {}, torch.zeros(3, device=device), time.perf_counter()
+    metrics, sums, count, since = {}, torch.zeros(3, device=device), 0, time.perf_counter()
     bar = data.progress(range(first, steps), "pre-training", steps - first, " steps", show=rank == 0)
     for step in bar:
         training.seed_all(config.seed, step, rank)  # masks and dropout are a function of the seed and the step
@@ -363,9 +363,8 @@ def train(config, model, store, blocks, device, monitor_folder):
         scaler.step(optimizer)
         scaler.update()
         optimizer.zero_grad(set_to_none=True)
-        done = step + 1
+        done, count = step + 1, count + 1
         if done % config.log_every == 0 or done == steps:
-            count = (done - first) % config.log_every or config.log_every
             mask_loss, accuracy, contrast = (sums / count).tolist()
             now = time.perf_counter()
             metrics = {"step": done, "epoch": done * config.batch / len(store),
@@ -375,8 +374,7 @@ def train(config, model, store, blocks, device, monitor_folder):
             bar.set_postfix_str(f"mask {100 * accuracy:.1f}% contrast {contrast:.3f}", refresh=False)
             if not math.isfinite(metrics["loss"]):
                 raise FloatingPointError(f"the loss is {metrics['loss']} at step {done}: lower --lr")
-            sums.zero_()
-            since = now
+            sums, count, since = torch.zeros_like(sums), 0, now
         if done % config.knn_every == 0 or done == steps:
             knn(done)
         if (done % config.save_every == 0 or done == steps) and rank == 0:

@@ -1,8 +1,8 @@
 """A small world of synthetic videos, written as real video files, with labels.
 
-One shape on a plain background, in one of four colours, moving in one of four ways. Two tasks on the same videos:
+One shape on a plain background, moving in one of four ways. Two tasks on the same videos:
   motion       sideways, up-and-down, spin or scale: a single frame cannot tell (temporally heavy, like SSV2)
-  appearance   which shape in which colour, 16 classes: a single frame tells (spatially heavy, like UCF101)
+  appearance   outline x texture x colour, 16 classes: a single frame tells (spatially heavy, like UCF101)
 and a third, harder one: direction, each motion forwards or backwards, 8 classes.
 
 Everything lives on a torus and each quantity a motion changes is uniform at every moment in every video, so that no
@@ -24,21 +24,22 @@ import numpy as np
 import data
 
 SIZE, FRAMES, FPS = 64, 32, 8
-SPLITS = {"pretrain": 2400, "train": 400, "val": 300, "test": 500}  # pretrain: its labels are never used
+SPLITS = {"pretrain": 2000, "train": 400, "val": 300, "test": 500}  # pretrain: its labels are never used
 MOTIONS = ("sideways", "up-and-down", "spin", "scale")
 DIRECTIONS = ("right", "left", "down", "up", "clockwise", "anticlockwise", "grow", "shrink")
 SHAPES = ("square", "triangle", "cross", "bar")
-COLOURS = {"red": (200, 50, 50), "green": (50, 150, 70), "blue": (50, 80, 200), "yellow": (220, 190, 40)}
-LOOKS = tuple(f"{colour} {shape}" for colour in COLOURS for shape in SHAPES)
+COLOURS = {"red": (200, 50, 50), "blue": (50, 80, 200)}
+TEXTURES = ("plain", "two-tone")
+LOOKS = tuple(f"{texture} {colour} {shape}" for colour in COLOURS for texture in TEXTURES for shape in SHAPES)
 CLASSES = {"motion": MOTIONS, "direction": DIRECTIONS, "appearance": LOOKS}
-BACKGROUNDS = (235, 200, 130, 90)  # greys
+BACKGROUNDS = (225, 110)  # greys; few, so that codes are left for the shapes
 RADIUS = (10, 17)  # pixels
 
 
 def draw_video(number, seed=0):
     """Renders one video -> (uint8 (F, S, S, 3), {label set: class})."""
     random = np.random.default_rng((seed, number))
-    motion, sign, shape, colour = (int(random.integers(n)) for n in (4, 2, 4, 4))
+    motion, sign, shape, texture, colour = (int(random.integers(n)) for n in (4, 2, 4, 2, 2))
     step = np.arange(FRAMES) * (1 - 2 * sign)  # forwards or backwards
     x, y = random.uniform(0, SIZE, 2)
     angle = random.uniform(0, 2 * np.pi)
@@ -60,11 +61,11 @@ def draw_video(number, seed=0):
     v = (dy * np.cos(angle) - dx * np.sin(angle)) / radius
     inside = np.clip(0.5 - _distance(SHAPES[shape], u, v) * radius, 0, 1)[..., None]  # (F, S, S, 1), soft edge
     ink = np.array(list(COLOURS.values())[colour], float)
-    if random.integers(2):  # half of the shapes have a dark end, which also shows the angle
+    if texture:  # a dark end
         ink = np.where(u[..., None] > 0.35, ink * 0.6, ink)
     background = BACKGROUNDS[random.integers(len(BACKGROUNDS))]
     video = (background * (1 - inside) + ink * inside).round().astype(np.uint8)
-    return video, {"motion": motion, "direction": 2 * motion + sign, "appearance": 4 * colour + shape}
+    return video, {"motion": motion, "direction": 2 * motion + sign, "appearance": 8 * colour + 4 * texture + shape}
 
 
 def _distance(shape, u, v):

@@ -9,7 +9,6 @@ Shapes: B clips, T frames, H x W tokens a frame, N = 1 + T*H*W tokens with CLS f
 (heads * head_dim), P patterns side by side in a block, S sequences of L tokens in one pattern.
 """
 import math
-import pickle
 from dataclasses import dataclass, replace
 
 import torch
@@ -294,8 +293,8 @@ def read_checkpoint(path):
     """
     try:
         return torch.load(path, map_location="cpu", weights_only=True)
-    except (pickle.UnpicklingError, RuntimeError, EOFError) as error:
-        raise ValueError(f"{path} is not a checkpoint of plain tensors ({str(error).splitlines()[0]})") from error
+    except Exception as error:  # torch's unpickler meets damaged files with errors of many kinds
+        raise ValueError(f"{path} is not a checkpoint of plain tensors ({type(error).__name__})") from error
 
 
 def load_backbone(path):
@@ -304,9 +303,9 @@ def load_backbone(path):
     if "transformer" not in checkpoint:
         try:
             return VideoTransformer.from_released(checkpoint)
-        except KeyError as error:
-            raise ValueError(f"{path} lacks {error}, so it is neither a checkpoint of this project "
-                             f"nor a released VIMPAC one") from error
+        except (KeyError, ValueError) as error:
+            raise ValueError(f"{path} is neither a checkpoint of this project nor a released VIMPAC one: "
+                             f"{f'it lacks {error}' if isinstance(error, KeyError) else error}") from error
     model = VideoTransformer(TransformerConfig(**checkpoint["transformer"]))
     model.load_state_dict({key.removeprefix("backbone."): value for key, value in checkpoint["model"].items()
                            if key.startswith("backbone.")})

@@ -27,8 +27,9 @@ from training import option
 class Codebook(nn.Module):
     """K code vectors that follow the mean of what is assigned to them (exponential moving averages).
 
-    A code whose average use falls below a tenth of an even share is moved onto a random input: without this, most
-    codes of a plain world would never be used. The first batch starts the codes, spread as k-means++ does.
+    A code whose average use falls below a tenth of an even share is moved onto an input that the others serve badly:
+    without this, most codes would never be used. The first batch starts the codes. Both draw inputs in proportion to
+    their squared distance from the nearest code, as k-means++ does.
     """
 
     def __init__(self, codes, dim, decay=0.99):
@@ -80,7 +81,8 @@ class Codebook(nn.Module):
         even = self.count.sum() / len(self.count)
         dead = self.count < 0.1 * even * min(1.0, len(z) / len(self.count))
         if dead.any():
-            inputs = z[torch.randint(len(z), (int(dead.sum()),), device=z.device)]
+            distance = (z - self.codes[index]).square().sum(dim=1) + 1e-10  # (n,)
+            inputs = z[torch.multinomial(distance, int(dead.sum()), replacement=True)]
             self.codes[dead], self.total[dead], self.count[dead] = inputs, inputs * even, even
 
 
@@ -160,10 +162,14 @@ def fingerprint(tokenizer):
 
 def load_tokenizer(path):
     """A tokenizer that `train` saved -> VQVAE in evaluation mode. Raises ValueError for any other file."""
-    content = torch.load(path, map_location="cpu", weights_only=True)
-    if "vqvae" not in content:
-        raise ValueError(f"{path} holds no tokenizer (python vqvae.py train makes one)")
-    tokenizer = VQVAE(**content["vqvae"])
+    try:
+        content = torch.load(path, map_location="cpu", weights_only=True)
+        settings = content["vqvae"]
+    except FileNotFoundError:
+        raise
+    except Exception as error:  # torch's unpickler meets other files with errors of many kinds
+        raise ValueError(f"{path} holds no tokenizer (python vqvae.py train makes one)") from error
+    tokenizer = VQVAE(**settings)
     tokenizer.load_state_dict(content["model"])
     return tokenizer.eval()
 

@@ -1,0 +1,139 @@
+import json
+
+import imageio.v2 as imageio
+import pytest
+import torch
+
+import data
+import pretrain
+import training
+from conftest import TINY, flags, run
+from pretrain import PRESETS, Config, Vimpac
+from transformer import load_backbone
+
+def tiny(**changes):
+    return Config(**{**PRESETS["toy"], **TINY, "steps": 6, **changes})
+
+
+def build(config, store):
+    training.seed_all(config.seed)
+    return Vimpac(config.transformer(store.header["vocab_size"], store.height, store.width), 16, 2)
+
+
+def test_no_argument_leaves_everything_a_reader_looks_for(workplace):
+    out = workplace / "runs/toy"
+    metrics = training.read_metrics(out)
+    assert {"step", "epoch", "loss", "mask_loss", "mask_accuracy", "contrastive_loss", "lr", "videos_per_second"} \
+        <= metrics[1].keys()
+    assert [m["step"] for m in metrics if "knn_motion" in m and "knn_appearance" in m] == [0, 3, 5]
+    assert json.loads((out / "config.json").read_text())["steps"] == 5
+    assert list(out.glob("events.out.tfevents*")) and (out / "curves.png").is_file()
+    picture = imageio.imread(out / "fill_in.png")
+    assert picture.std() > 10 and len(imageio.mimread(out / "fill_in.gif")) == 5
+    last = (workplace / "stdout.txt").read_text()
+    assert "mask accuracy" in last and "kNN on motion" in last and "codes used" in last
+    assert load_backbone(out / "last.pt").config.dim == 16
+
+
+def test_the_same_seed_gives_the_same_weights_and_another_does_not(workplace):
+    store = data.TokenStore(workplace / "datasets/toy/tokens/pretrain")
+    weights = []
+    for seed in (0, 0, 1):
+        config = tiny(seed=seed, out=str(workplace / "runs/seeds"))
+        model = build(config, store)
+        pretrain.train(config, model, store, 3, torch.device("cpu"), None)
+        weights.append(torch.cat([p.detach().flatten() for p in model.parameters()]))
+    assert torch.equal(weights[0], weights[1]) and not torch.equal(weights[0], weights[2])
+
+
+def test_resuming_equals_no_interruption(workplace, monkeypatch):
+    store = data.TokenStore(workplace / "datasets/toy/tokens/pretrain")
+    result = {}
+    for name in ("whole", "broken"):
+        config = tiny(out=str(workplace / f"runs/{name}"), dropout=0.1)
+        if name == "broken":
+            rate = training.learning_rate
+
+            def fail(step, *rest):
+                if step == 4:  # after the checkpoint of step 3
+                    raise KeyboardInterrupt
+                return rate(step, *rest)
+            with monkeypatch.context() as patch:
+                patch.setattr(training, "learning_rate", fail)
+                with pytest.raises(KeyboardInterrupt):
+                    pretrain.train(config, build(config, store), store, 3, torch.device("cpu"), None)
+            config.resume = True
+        model = build(config, store)
+        pretrain.train(config, model, store, 3, torch.device("cpu"), None)
+        result[name] = model.state_dict(), training.read_metrics(config.out)[-1]["loss"]
+    assert all(torch.equal(a, b) for a, b in zip(result["whole"][0].values(), result["broken"][0].values()))
+    assert result["whole"][1] == result["broken"][1]
+
+
+def test_both_losses_fall():
+    """On pairs of equal clips that repeat one code each, both tasks can be solved."""
+    training.seed_all(0)
+    config = tiny(mask_ratio=0.3, lr=1e-2)
+    model = Vimpac(config.transformer(16, 4, 4), 16, 2)
+    optimizer = training.make_optimizer(model, 1e-2, 0.0, (0.9, 0.98))
+    clips = torch.arange(8)[:, None, None, None, None].expand(8, 2, 5, 4, 4).contiguous()
+    measures = []
+    for _ in range(120):
+        loss, measured = pretrain.losses(model, config, clips, 16, 3)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        measures.append(measured)
+    mask_loss, accuracy, contrast = measures[-1].tolist()
+    assert accuracy > 0.95 and mask_loss < 0.3 and contrast < 0.5 * measures[0][2]
+
+
+def test_the_loss_is_equation_6_on_masked_tokens_alone(monkeypatch):
+    config = tiny(alpha=0.5, gamma=0.3, dropout=0.0)
+    training.seed_all(0)
+    model = Vimpac(config.transformer(16, 4, 4), 16, 2)
+    clips = torch.randint(16, (3, 2, 5, 4, 4))
+    clips[0, 0, -1] = 17  # PAD
+    tokens = clips.transpose(0, 1).flatten(0, 1)
+    training.seed_all(1)
+    loss, measures = pretrain.losses(model, config, clips, 16, 4)
+    training.seed_all(1)
+    masked, mask = pretrain.draw_mask(config, tokens, 16, 4)
+    assert not mask[0, -1].any() and (masked[mask] == 20).all()
+    cls, features = model.backbone(masked)
+    logits = model.token_head(features, model.backbone.embedding.weight)
+    everywhere = torch.nn.functional.cross_entropy(logits.flatten(0, 3), tokens.flatten(), reduction="none")
+    expected = everywhere[mask.flatten()].mean()
+    first, second = model.projection_head(cls).chunk(2)
+    contrast = pretrain.contrastive.info_nce(first, second, 0.3)
+    assert measures[0].item() == pytest.approx(expected.item(), rel=1e-4)
+    assert loss.item() == pytest.approx((expected + 0.5 * 0.3 * contrast).item(), rel=1e-4)
+
+
+def test_knn_weighs_the_nearest_most():
+    features = torch.eye(4)
+    labels = torch.tensor([0, 1, 1, 1])
+    queries = torch.nn.functional.normalize(torch.tensor([[1.0, 0.2, 0.2, 0.2], [0.1, 1.0, 0.0, 0.0]]), dim=1)
+    assert pretrain.knn_accuracy(features, labels, queries, torch.tensor([0, 1]), k=4) == 1.0
+    assert pretrain.knn_accuracy(features, labels, queries, torch.tensor([1, 1]), k=4) == 0.5
+
+
+def test_a_folder_of_any_videos(tmp_path, write_video):
+    for i in range(3):
+        write_video(tmp_path / f"my videos/v{i}.mp4", range(0, 240, 8 + 4 * i), width=96)
+    (tmp_path / "my videos/broken.mp4").write_bytes(b"nothing")
+    done = run(tmp_path, "--videos", "my videos", "--out", "runs/mine", "--steps", 3, "--tokenizer-steps", 5,
+               *flags(TINY))
+    assert done.returncode == 0, done.stderr
+    assert "broken.mp4" in done.stdout and "3 videos tokenised, 1 could not be decoded" in done.stdout
+    assert {"last.pt", "fill_in.png", "fill_in.gif", "curves.png", "tokenizer.pt"} <= \
+        {path.name for path in (tmp_path / "runs/mine").iterdir()}
+
+
+@pytest.mark.parametrize("argv, said", [
+    (["--heads", "3"], "3 heads"), (["--layout", "W,H"], "T,H|W"), (["--videos", "nowhere"], "nowhere"),
+    (["--data", "nowhere"], "nowhere"), (["--mask-ratio", "15"], "between 0 and 1"), (["--gpus", "99"], "99"),
+    (["--frame-size", "60"], "multiple of 8"), (["--noise", "--mask", "iid"], "--noise")])
+def test_wrong_values_end_with_one_line(tmp_path, argv, said):
+    done = run(tmp_path, *argv)
+    assert done.returncode == 2 and said in done.stderr and len(done.stderr.strip().splitlines()) == 1

@@ -1,0 +1,135 @@
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+import data
+import vqvae
+from vqvae import VQVAE, Codebook
+
+SCRIPT = Path(__file__).parent.parent / "vqvae.py"
+
+
+def clusters(n=600, seed=0):
+    """Points close to eight corners of a cube."""
+    generator = torch.Generator().manual_seed(seed)
+    corners = torch.cartesian_prod(*[torch.tensor([-1.0, 1.0])] * 3)
+    return corners[torch.randint(8, (n,), generator=generator)] + 0.05 * torch.randn(n, 3, generator=generator)
+
+
+def test_codes_start_spread_and_move_to_the_means():
+    torch.manual_seed(0)
+    codebook = Codebook(8, 3, decay=0.9).train()
+    for seed in range(60):
+        codebook(clusters(seed=seed))
+    corners = torch.cartesian_prod(*[torch.tensor([-1.0, 1.0])] * 3)
+    assert torch.cdist(corners, codebook.codes).amin(dim=1).max() < 0.05  # a code at every corner
+
+
+def test_an_update_is_the_moving_average():
+    codebook = Codebook(2, 1, decay=0.75).train()
+    codebook.codes.copy_(torch.tensor([[0.0], [10.0]]))
+    codebook.total.copy_(torch.tensor([[0.0], [10.0]]))
+    codebook.count.fill_(1)
+    codebook.started.fill_(True)
+    codebook(torch.tensor([[1.0], [1.0], [8.0]]))
+    # code 0: (0.75 * 0 + 0.25 * 2) / (0.75 * 1 + 0.25 * 2); code 1: (0.75 * 10 + 0.25 * 8) / (0.75 + 0.25)
+    assert codebook.codes.flatten().tolist() == pytest.approx([0.4, 9.5])
+
+
+def test_dead_codes_are_replaced():
+    torch.manual_seed(0)
+    codebook = Codebook(16, 3, decay=0.8).train()
+    codebook(clusters())
+    codebook.codes[8:] = 100.0  # half of the codes where nothing comes near
+    codebook.total[8:] = 100.0 * codebook.count[8:, None]
+    for seed in range(60):
+        _, index, _ = codebook(clusters(seed=seed))
+    assert codebook.codes.abs().max() < 2
+    assert len(codebook.nearest(clusters(5000)).unique()) >= 14
+
+
+def test_the_gradient_goes_straight_through_and_the_commitment_pulls():
+    codebook = Codebook(4, 3)
+    codebook.codes.copy_(torch.randn(4, 3))
+    z = torch.randn(10, 3, requires_grad=True)
+    quantised, index, commitment = codebook.eval()(z)
+    assert torch.allclose(quantised, codebook.codes[index], atol=1e-6)
+    assert torch.equal(index, torch.cdist(z, codebook.codes).argmin(dim=1))
+    quantised.sum().backward(retain_graph=True)
+    assert torch.equal(z.grad, torch.ones(10, 3))
+    z.grad = None
+    commitment.backward()
+    assert torch.allclose(z.grad, 2 * (z - codebook.codes[index]).detach() / 30, atol=1e-6)
+
+
+def test_training_learns_to_rebuild_and_the_file_holds_the_same_tokenizer(tmp_path):
+    random = np.random.default_rng(0)
+    frames = np.zeros((200, 32, 32, 3), np.uint8)
+    for frame in frames:  # a bright square on one of two grounds
+        frame[:] = 60 * random.integers(1, 3)
+        y, x = random.integers(0, 24, 2)
+        frame[y:y + 8, x:x + 8] = (250, 200, 30)
+    tokenizer = vqvae.train_tokenizer(frames, 64, 150, 32, 2e-3, 0, torch.device("cpu"))
+    measures = vqvae.measure(tokenizer, frames)
+    flat = 10 * np.log10(4 / ((frames / 127.5 - frames.mean((0, 1, 2)) / 127.5) ** 2).mean())  # the mean colour
+    assert measures["psnr"] > flat + 8 and measures["codes_used"] > 0.8
+    tokens = tokenizer.encode(torch.from_numpy(frames))
+    assert tokens.shape == (200, 4, 4) and tokens.dtype == torch.int64 and tokens.max() < tokenizer.vocab_size == 64
+    assert tokenizer.decode(tokens).shape == frames.shape and tokenizer.decode(tokens).dtype == torch.uint8
+    vqvae.save_tokenizer(tokenizer, tmp_path / "t.pt")
+    again = vqvae.load_tokenizer(tmp_path / "t.pt")
+    assert torch.equal(again.encode(frames), tokens) and vqvae.fingerprint(again) == vqvae.fingerprint(tokenizer)
+    with torch.no_grad():
+        next(again.parameters()).view(-1)[0] += 1
+    assert vqvae.fingerprint(again) != vqvae.fingerprint(tokenizer)
+
+
+def test_tokens_are_local():
+    """A patch is encoded on its own: a token tells of its own place only."""
+    tokenizer = VQVAE(codes=64).eval()
+    tokenizer.codebook.codes.normal_()
+    frames = torch.randint(256, (1, 32, 32, 3), dtype=torch.uint8)
+    other = frames.clone()
+    other[:, 8:16, 16:24] = 255 - other[:, 8:16, 16:24]
+    differs = tokenizer.encode(frames) != tokenizer.encode(other)
+    differs[0, 1, 2] = False
+    assert not differs.any()
+
+
+def run(*argv):
+    return subprocess.run([sys.executable, str(SCRIPT), *map(str, argv)], capture_output=True, text=True)
+
+
+def test_train_and_tokenize_from_the_command_line(tmp_path, write_video):
+    for i in range(5):
+        write_video(tmp_path / f"videos/sub {i % 2}/v{i}.mp4", range(0, 200, 20 + 5 * i))
+    (tmp_path / "videos/broken.mp4").write_bytes(b"no video")
+    trained = run("train", "--videos", tmp_path / "videos", "--out", tmp_path / "t.pt", "--steps", 5, "--codes", 32,
+                  "--frame-size", 32, "--fps", 8)
+    assert trained.returncode == 0 and "PSNR" in trained.stdout and "broken.mp4" in trained.stdout
+    command = ["tokenize", "--videos", tmp_path / "videos", "--tokenizer", tmp_path / "t.pt", "--out", tmp_path / "s",
+               "--frame-size", 32, "--fps", 8, "--views", "test"]
+    done = run(*command)
+    assert done.returncode == 0 and "5 videos tokenised, 1 could not be decoded" in done.stdout
+    assert "broken.mp4" in (tmp_path / "s/errors.txt").read_text()
+    store, tokenizer = data.TokenStore(tmp_path / "s"), vqvae.load_tokenizer(tmp_path / "t.pt")
+    for i in range(5):
+        views = data.read_views(tmp_path / "videos" / store.name(i), 8, 32, vqvae.views_for("test", 32))
+        for view in range(3):
+            assert np.array_equal(store.tokens(i, view), tokenizer.encode(views[view]).numpy())
+    again = run(*command)
+    assert again.returncode == 0 and "5 videos tokenised" in again.stdout
+    other = run(*command[:-4], "--fps", 4)
+    assert other.returncode == 2 and "fps 8.0, not 4.0" in other.stderr and len(other.stderr.splitlines()) == 1
+
+
+@pytest.mark.parametrize("argv, said", [
+    ([], "vqvae.py train"), (["train", "--videos", "/nowhere"], "/nowhere"),
+    (["train", "--frame-size", "20"], "multiple of 8")])
+def test_wrong_calls_end_with_one_line(argv, said):
+    done = run(*argv)
+    assert done.returncode == 2 and said in done.stderr and len(done.stderr.strip().splitlines()) == 1
