@@ -74,6 +74,26 @@ class ProjectionHead(nn.Module):
             x = F.relu(norm(linear(x).float()))  # (n, hidden); statistics in float32 also under autocast
         return self.out(x)  # (n, out)
 
+    @classmethod
+    def from_released(cls, state):
+        """From the `cls_head.mlp.*` tensors of a released checkpoint, which are taken out of `state`.
+
+        KeyError names a tensor that is missing; layers and widths are read off the shapes.
+        """
+        name = "cls_head.mlp"
+        layers = sum(key.startswith(f"{name}.linear_") and key.endswith(".weight") for key in state)
+        hidden, dim = state[f"{name}.linear_0.weight"].shape
+        out = len(state[f"{name}.linear_{layers - 1}.weight"])
+        parts = {"out.weight": state.pop(f"{name}.linear_{layers - 1}.weight")}
+        for i in range(layers - 1):
+            for kind in ("weight", "bias"):
+                parts[f"hidden.{i}.{kind}"] = state.pop(f"{name}.linear_{i}.{kind}")
+            for kind in ("weight", "bias", "running_mean", "running_var", "num_batches_tracked"):
+                parts[f"norms.{i}.{kind}"] = state.pop(f"{name}.bn_{i}.{kind}")
+        head = cls(dim, hidden, layers, out)
+        head.load_state_dict(parts)
+        return head
+
 
 def main():
     print("gamma * L_cl at gamma = 0.2, for n videos: chance is 2 gamma log(2n - 1)\n")

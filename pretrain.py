@@ -32,7 +32,7 @@ import toy
 import training
 import vqvae
 from training import option
-from transformer import TokenHead, TransformerConfig, VideoTransformer, read_checkpoint
+from transformer import TokenHead, TransformerConfig, VideoTransformer, read_checkpoint, resize_table
 
 PRESETS = {
     "toy": dict(layers=3, dim=64, heads=4, head_dim=16, mlp_dim=256, frame_size=64, fps=8.0, codes=256, dropout=0.0,
@@ -54,6 +54,7 @@ class Config:
     tokenizer: str = option("", "tokenizer of the videos or of the store (default: train one on the videos)")
     monitor: str = option("", "folder with labelled token stores train and val, for the kNN accuracy")
     resume: bool = option(False, "go on from the run's last checkpoint")
+    init: str = option("", "checkpoint of another run to start from; another clip size is interpolated to this one's")
     # the model
     layers: int = option(6, "transformer layers")
     dim: int = option(512, "hidden size")
@@ -112,6 +113,8 @@ class Config:
             raise ValueError(f"--mask-ratio {self.mask_ratio}: it lies between 0 and 1")
         if self.noise and self.mask == "iid":
             raise ValueError("--noise belongs to --mask block: it is drawn per cuboid")
+        if self.resume and self.init:
+            raise ValueError("--resume and --init: give one of them")
         if self.videos and self.data:
             raise ValueError("--videos and --data: give one of them")
         vqvae.check_size(self.frame_size)
@@ -142,6 +145,26 @@ class Vimpac(nn.Module):
         cls, features = self.backbone(tokens, padded)  # (B, d), (B, T, H, W, d)
         logits = self.token_head(features[mask], self.backbone.embedding.weight)  # (M, V + 5)
         return logits, self.projection_head(cls)
+
+    @classmethod
+    def from_released(cls, path):
+        """A whole model from a released VIMPAC checkpoint (classifier.pt), whatever its size and layout.
+
+        Raises ValueError naming the file and a tensor that it lacks or that has no place in the model.
+        """
+        state = dict(read_checkpoint(path))
+        try:
+            backbone = VideoTransformer.from_released(state)
+            projection_head = contrastive.ProjectionHead.from_released(state)
+            token_head = TokenHead(backbone.config)
+            token_head.load_released(state)
+        except (KeyError, ValueError, RuntimeError) as error:
+            raise ValueError(f"{path}: {f'it lacks {error}' if isinstance(error, KeyError) else error}") from error
+        if state:
+            raise ValueError(f"{path}: this model has no place for {', '.join(sorted(state))}")
+        model = cls(backbone.config, 1, 1)
+        model.backbone, model.token_head, model.projection_head = backbone, token_head, projection_head
+        return model
 
 
 def draw_mask(config, tokens, vocab_size, blocks):
@@ -315,6 +338,33 @@ def prepare(config, device):
 # ---------------------------------------------------------------- training
 
 
+def restore(path, model, optimizer):
+    """Loads a checkpoint's weights and optimizer -> its step. Raises ValueError where the sizes do not fit.
+
+    Where the clip size differs, the position tables and their moments are interpolated, as in the paper's second stage.
+    """
+    checkpoint = read_checkpoint(path)
+    weights, state = checkpoint["model"], checkpoint["optimizer"]
+    order = [p for group in optimizer.param_groups for p in group["params"]]  # how the optimizer numbers them
+    for name in ("time", "row", "column"):
+        table = getattr(model.backbone, name)  # (size, d)
+        before = len(weights[f"backbone.{name}"])
+        if before == len(table):
+            continue
+        weights[f"backbone.{name}"] = resize_table(weights[f"backbone.{name}"], len(table))
+        moments = state["state"].get(next(i for i, p in enumerate(order) if p is table), {})
+        for moment in ("exp_avg", "exp_avg_sq"):
+            if moment in moments:
+                moments[moment] = resize_table(moments[moment], len(table))
+        training.say(f"interpolated the {name} positions and their optimizer moments from {before} to {len(table)}")
+    try:
+        model.load_state_dict(weights)
+    except RuntimeError as error:
+        raise ValueError(f"{path} does not fit this model: {str(error).splitlines()[1].strip()}") from error
+    optimizer.load_state_dict(state)
+    return checkpoint["step"]
+
+
 def train(config, model, store, blocks, device, monitor_folder):
     """The whole of pre-training, from config.out/last.pt on where --resume asks for it. Returns the last metrics."""
     rank, world = training.rank_and_world()
@@ -325,11 +375,11 @@ def train(config, model, store, blocks, device, monitor_folder):
     steps = config.steps or max(1, int(config.epochs * len(store)) // config.batch)
     first = 0
     if config.resume and (out / "last.pt").is_file():
-        checkpoint = read_checkpoint(out / "last.pt")
-        model.load_state_dict(checkpoint["model"])
-        optimizer.load_state_dict(checkpoint["optimizer"])
-        first = checkpoint["step"]
+        first = restore(out / "last.pt", model, optimizer)
         training.say(f"resumed {out / 'last.pt'} at step {first} of {steps}")
+    elif config.init:
+        restore(config.init, model, optimizer)
+        training.say(f"starting from {config.init}")
     log = training.RunLog(out, config, resume_from=first)
     dataset = data.ClipPairs(store, config.frames, (config.min_stride, config.max_stride), config.d_max, config.seed)
     batches = data.Batches(len(store), micro, steps * config.accumulate, first * config.accumulate, config.seed, rank,

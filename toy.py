@@ -2,11 +2,12 @@
 
 One shape on a plain background, moving in one of four ways. Two tasks on the same videos:
   motion       sideways, up-and-down, spin or scale: a single frame cannot tell (temporally heavy, like SSV2)
-  appearance   outline x texture x colour, 16 classes: a single frame tells (spatially heavy, like UCF101)
+  appearance   the colours of the shape's body and of its end, 16 classes: a single frame tells (like UCF101)
 and a third, harder one: direction, each motion forwards or backwards, 8 classes.
 
 Everything lives on a torus and each quantity a motion changes is uniform at every moment in every video, so that no
-single frame gives the motion away.
+single frame gives the motion away. The light goes on and off, so that the background does not tell one video from
+another; colours come from a short palette, so that they can be shared by the tokens.
 
     python toy.py            writes datasets/toy and a picture of it
 
@@ -28,18 +29,17 @@ SPLITS = {"pretrain": 2000, "train": 400, "val": 300, "test": 500}  # pretrain: 
 MOTIONS = ("sideways", "up-and-down", "spin", "scale")
 DIRECTIONS = ("right", "left", "down", "up", "clockwise", "anticlockwise", "grow", "shrink")
 SHAPES = ("square", "triangle", "cross", "bar")
-COLOURS = {"red": (200, 50, 50), "blue": (50, 80, 200)}
-TEXTURES = ("plain", "two-tone")
-LOOKS = tuple(f"{texture} {colour} {shape}" for colour in COLOURS for texture in TEXTURES for shape in SHAPES)
+COLOURS = {"red": (200, 50, 50), "green": (50, 150, 70), "blue": (50, 80, 200), "yellow": (230, 200, 40)}
+LOOKS = tuple(f"{body} with {end}" if body != end else body for body in COLOURS for end in COLOURS)
 CLASSES = {"motion": MOTIONS, "direction": DIRECTIONS, "appearance": LOOKS}
-BACKGROUNDS = (225, 110)  # greys; few, so that codes are left for the shapes
+BACKGROUNDS = (225, 110)  # greys, light on and off
 RADIUS = (10, 17)  # pixels
 
 
 def draw_video(number, seed=0):
     """Renders one video -> (uint8 (F, S, S, 3), {label set: class})."""
     random = np.random.default_rng((seed, number))
-    motion, sign, shape, texture, colour = (int(random.integers(n)) for n in (4, 2, 4, 2, 2))
+    motion, sign, shape, body, end = (int(random.integers(n)) for n in (4, 2, 4, 4, 4))
     step = np.arange(FRAMES) * (1 - 2 * sign)  # forwards or backwards
     x, y = random.uniform(0, SIZE, 2)
     angle = random.uniform(0, 2 * np.pi)
@@ -60,12 +60,12 @@ def draw_video(number, seed=0):
     u = (dx * np.cos(angle) + dy * np.sin(angle)) / radius  # (F, S, S), in radii along the shape's own axes
     v = (dy * np.cos(angle) - dx * np.sin(angle)) / radius
     inside = np.clip(0.5 - _distance(SHAPES[shape], u, v) * radius, 0, 1)[..., None]  # (F, S, S, 1), soft edge
-    ink = np.array(list(COLOURS.values())[colour], float)
-    if texture:  # a dark end
-        ink = np.where(u[..., None] > 0.35, ink * 0.6, ink)
-    background = BACKGROUNDS[random.integers(len(BACKGROUNDS))]
+    palette = np.array(list(COLOURS.values()), float)
+    ink = np.where(u[..., None] > 0.15, palette[end], palette[body])  # (F, S, S, 3)
+    lit = (np.arange(FRAMES) + random.integers(100)) // random.integers(4, 13) % 2  # (F,), on and off
+    background = np.array(BACKGROUNDS)[lit][:, None, None, None]  # (F, 1, 1, 1)
     video = (background * (1 - inside) + ink * inside).round().astype(np.uint8)
-    return video, {"motion": motion, "direction": 2 * motion + sign, "appearance": 8 * colour + 4 * texture + shape}
+    return video, {"motion": motion, "direction": 2 * motion + sign, "appearance": 4 * body + end}
 
 
 def _distance(shape, u, v):

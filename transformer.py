@@ -194,7 +194,7 @@ class VideoTransformer(nn.Module):
         """A backbone from the `backbone.*` tensors of a released checkpoint, which are taken out of `state`.
 
         Sizes, layout and LayerNorm placement are read off the keys and shapes; heads are d / 64, as released.
-        Raises KeyError naming the first key that is missing.
+        Raises KeyError naming the first key that is missing, ValueError naming one that is left over.
         """
         config = released_config(state)
         model = cls(config)
@@ -220,6 +220,9 @@ class VideoTransformer(nn.Module):
                 parts[f"{ours}.expand.{kind}"] = take(f"{theirs}.mlp.c_fc.{kind}")
                 parts[f"{ours}.contract.{kind}"] = take(f"{theirs}.mlp.c_proj.{kind}")
                 parts[f"{ours}.norm.{kind}"] = take(f"{theirs}.ln.{kind}")
+        left = [key for key in state if key.startswith("backbone.")]
+        if left:
+            raise ValueError(f"this backbone has no place for {left[0]}")
         model.load_state_dict(parts)
         return model
 
@@ -258,6 +261,8 @@ def init_weights(module):
 
 def resize_table(table, size):
     """Linear interpolation of a (n, d) table to (size, d), pixel centres kept (align_corners=False)."""
+    if len(table) == size:
+        return table.clone()
     return F.interpolate(table.t()[None].float(), size=size, mode="linear", align_corners=False)[0].t().contiguous()
 
 

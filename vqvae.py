@@ -21,6 +21,7 @@ from torch import nn
 
 import data
 import training
+from dalle import DalleVAE
 from training import option
 
 
@@ -161,7 +162,14 @@ def fingerprint(tokenizer):
 
 
 def load_tokenizer(path):
-    """A tokenizer that `train` saved -> VQVAE in evaluation mode. Raises ValueError for any other file."""
+    """A tokenizer that `train` saved -> VQVAE, or DALL-E's encoder.pkl -> DalleVAE; ready to encode.
+
+    A decoder.pkl beside an encoder.pkl is loaded too. Raises ValueError for a file that is neither.
+    """
+    path = Path(path)
+    if path.suffix == ".pkl":
+        decoder = path.with_name("decoder.pkl")
+        return DalleVAE.from_pickles(path, decoder if decoder.is_file() else None)
     try:
         content = torch.load(path, map_location="cpu", weights_only=True)
         settings = content["vqvae"]
