@@ -4,6 +4,7 @@ A video is decoded and tokenised once, ahead of training; from then on a clip is
 
 Shapes: F frames of a video, S frame side in pixels, H x W tokens a frame, T frames of a clip, B videos in a batch.
 """
+import csv
 import json
 import os
 import subprocess
@@ -57,9 +58,10 @@ def read_frames(path, fps, size, crop="center", flip=False, resize=None):
     return read_views(path, fps, size, [(resize or size, crop, flip)])[0]
 
 
-def read_views(path, fps, size, views):
+def read_views(path, fps, size, views, span=None):
     """One decode, several views: a list of (resize, crop, flip) as in `read_frames` -> uint8 (views, F, S, S, 3).
 
+    span: only the file's frames first <= n < last, where given.
     ffmpeg resamples, scales and crops, and stacks the views into one tall picture: nothing at full size is piped.
     """
     places = {"center": "", "top-left": ":0:0", "bottom-right": ":iw-ow:ih-oh"}
@@ -73,9 +75,10 @@ def read_views(path, fps, size, views):
         graph += (f";[{name}]scale={resize}:{resize}:force_original_aspect_ratio=increase,"
                   f"crop={size}:{size}{places[crop]}{',hflip' if flip else ''},format=rgb24[{name}o]")
     graph += ";" + "".join(f"[{name}o]" for name in names) + (f"vstack={len(views)}" if len(views) > 1 else "null")
-    pixels, reason = _ffmpeg(path, f"fps={fps},{graph}")
+    trim = f"trim=start_frame={span[0]}:end_frame={span[1]},setpts=PTS-STARTPTS," if span else ""
+    pixels, reason = _ffmpeg(path, f"{trim}fps={fps},{graph}")
     if not pixels:  # shorter than one interval: the fps filter rounds it down to nothing
-        pixels, reason = _ffmpeg(path, graph, "-frames:v", "1")
+        pixels, reason = _ffmpeg(path, trim + graph, "-frames:v", "1")
     if not pixels:
         raise VideoError(f"{path}: {reason}")
     frame = len(views) * size * size * 3
@@ -116,49 +119,171 @@ def decode_all(paths, read, workers):
 
 # ---------------------------------------------------------------- listing
 
+DATASETS = {  # name: its splits
+    "folder": (), "list": (), "howto100m": (), "ucf101": ("train1", "test1", "train2", "test2", "train3", "test3"),
+    "hmdb51": ("train1", "test1", "train2", "test2", "train3", "test3"), "ssv2": ("train", "val", "test"),
+    "diving48": ("train", "test"), "kinetics400": ("train", "val", "test")}
+
 
 def list_videos(dataset, root, split):
-    """The videos of a split -> [(path, label or None)], labels from 0.
+    """The videos of a split that are on the disk -> [(path, label or None)], labels from 0.
 
-    dataset "folder": every video file below root, without labels; split is not used.
-    dataset "list": root/<split>.txt, a line a video: `relative/path.mp4 label`, the label after the last space.
-    Labels that are words are numbered in the order of root/classes.txt, or sorted where there is no such file.
-    Raises FileNotFoundError for what is missing and ValueError for a label that the classes lack.
+    "folder" and "howto100m": every video file below root, without labels; split is not used.
+    "list": root/<split>.txt, a line a video: `relative/path.mp4 label`, the label after the last space. Labels that
+    are words are numbered in the order of root/classes.txt, or sorted where there is no such file.
+    "ucf101", "hmdb51" (train1 to test3; train and test mean split 1), "ssv2", "diving48", "kinetics400": root is where
+    the files of the dataset's own site were unpacked.
+    Listed videos that are missing are counted on stderr. Raises FileNotFoundError naming the path that was looked for,
+    and ValueError for an unknown dataset or split and for a label that the classes lack.
     """
     root = Path(root)
-    if dataset not in ("folder", "list"):
-        raise ValueError(f"unknown dataset {dataset!r}: choose one of folder, list")
+    if dataset not in DATASETS:
+        raise ValueError(f"unknown dataset {dataset!r}: choose one of {', '.join(DATASETS)}")
     if not root.is_dir():
         raise FileNotFoundError(f"no folder {root}")
-    if dataset == "folder":
-        paths = sorted(p for p in root.rglob("*") if p.suffix.lower() in VIDEO_ENDINGS)
+    if dataset in ("folder", "howto100m"):
+        paths = sorted(str(p) for p in root.rglob("*") if p.suffix.lower() in VIDEO_ENDINGS)
         if not paths:
             raise FileNotFoundError(f"no video file below {root} (looked for {' '.join(sorted(VIDEO_ENDINGS))})")
-        return [(str(p), None) for p in paths]
-    listing = root / f"{split}.txt"
-    if not listing.is_file():
-        raise FileNotFoundError(f"no list of videos at {listing}")
+        return [(path, None) for path in paths]
+    if dataset in ("ucf101", "hmdb51") and split in ("train", "test"):
+        split += "1"
+    if dataset != "list" and split not in DATASETS[dataset]:
+        raise ValueError(f"{dataset} has no split {split!r}: choose one of {', '.join(DATASETS[dataset])}")
+    lists = {"list": _list, "ucf101": _ucf101, "hmdb51": _hmdb51, "ssv2": _ssv2, "diving48": _diving48,
+             "kinetics400": _kinetics400}
+    listed = lists[dataset](root, split)
+    found = [(str(path), label) for path, label in listed if path.is_file()]
+    if not found:
+        example = f", such as {listed[0][0]}" if listed else ""
+        raise FileNotFoundError(f"none of the {len(listed)} videos listed for {split} is below {root}{example}")
+    if len(found) < len(listed):
+        print(f"{dataset} {split}: {len(listed) - len(found)} of {len(listed)} listed videos are not on this disk",
+              file=sys.stderr)
+    return found
+
+
+def class_names(dataset, root):
+    """The classes in the order of their labels -> [str], or None where there are no labels."""
+    root = Path(root)
+    if dataset == "list":
+        for name in ("classes.txt", "train.txt"):
+            if (root / name).is_file():
+                lines = _annotation(root, name).read_text().splitlines()
+                words = lines if name == "classes.txt" else sorted({line.rsplit(None, 1)[1] for line in lines if line})
+                return None if all(word.isdigit() for word in words) else words
+        return None
+    if dataset == "ucf101":
+        lines = _annotation(root, "ucfTrainTestlist/classInd.txt").read_text().split("\n")
+        return [name for _, name in sorted((int(line.split()[0]), line.split()[1]) for line in lines if line.strip())]
+    if dataset == "hmdb51":
+        folder = _annotation(root, "testTrainMulti_7030_splits")
+        return sorted({p.name.rsplit("_test_split", 1)[0] for p in folder.glob("*_test_split?.txt")})
+    if dataset == "ssv2":
+        labels = json.loads(_annotation(root, "labels.json", "something-something-v2-labels.json").read_text())
+        return sorted(labels, key=lambda name: int(labels[name]))
+    if dataset == "diving48":
+        return [" ".join(parts) if isinstance(parts, list) else str(parts)
+                for parts in json.loads(_annotation(root, "Diving48_vocab.json").read_text())]
+    if dataset == "kinetics400":
+        return sorted({row["label"] for row in _rows(_annotation(root, "train.csv"))})
+    return None
+
+
+def frame_spans(dataset, root, split):
+    """Which frames of a file belong to a video, where the annotations say -> {path: (first, after the last)}."""
+    if dataset != "diving48":
+        return {}
+    return {str(Path(root) / "rgb" / f"{entry['vid_name']}.mp4"): (entry["start_frame"], entry["end_frame"])
+            for entry in json.loads(_annotation(root, f"Diving48_V2_{split}.json").read_text())
+            if entry.get("end_frame", 0) > entry.get("start_frame", 0)}
+
+
+def _annotation(root, *names):
+    """The first of the files that exists below root."""
+    for name in names:
+        if (Path(root) / name).exists():
+            return Path(root) / name
+    raise FileNotFoundError(f"no {' or '.join(str(Path(root) / name) for name in names)}")
+
+
+def _label(classes, name, where):
+    if name not in classes:
+        raise ValueError(f"{where}: the label {name!r} is not among the {len(classes)} classes")
+    return classes[name]
+
+
+def _numbered(dataset, root):
+    return {name: number for number, name in enumerate(class_names(dataset, root) or [])}
+
+
+def _list(root, split):
+    listing = _annotation(root, f"{split}.txt")
     pairs = [line.rsplit(None, 1) for line in listing.read_text().splitlines() if line.strip()]
     if any(len(pair) != 2 for pair in pairs):
         raise ValueError(f"{listing}: every line is `relative/path.mp4 label`")
     if all(label.isdigit() for _, label in pairs):
-        return [(str(root / name), int(label)) for name, label in pairs]
-    classes = class_names(root)
-    for _, label in pairs:
-        if label not in classes:
-            raise ValueError(f"{listing}: the label {label!r} is not among the classes {', '.join(classes)}")
-    return [(str(root / name), classes.index(label)) for name, label in pairs]
-
-
-def class_names(root):
-    """The classes of a folder of lists: classes.txt, or the sorted labels of train.txt -> [str]."""
-    root = Path(root)
-    if (root / "classes.txt").is_file():
-        return (root / "classes.txt").read_text().split("\n")[:-1]
-    if not (root / "train.txt").is_file():
+        return [(root / name, int(label)) for name, label in pairs]
+    classes = _numbered("list", root)
+    if not classes:
         raise FileNotFoundError(f"labels are words, so their order is needed: write the classes, one a line, "
                                 f"to {root / 'classes.txt'}")
-    return sorted({line.rsplit(None, 1)[1] for line in (root / "train.txt").read_text().splitlines() if line.strip()})
+    return [(root / name, _label(classes, label, listing)) for name, label in pairs]
+
+
+def _ucf101(root, split):
+    listing = _annotation(root, f"ucfTrainTestlist/{split[:-1]}list0{split[-1]}.txt")
+    classes = _numbered("ucf101", root)
+    names = [line.split()[0] for line in listing.read_text().splitlines() if line.strip()]  # the class is the folder
+    return [(root / "UCF-101" / name, _label(classes, name.split("/")[0], listing)) for name in names]
+
+
+def _hmdb51(root, split):
+    folder, wanted = _annotation(root, "testTrainMulti_7030_splits"), {"train": "1", "test": "2"}[split[:-1]]
+    videos = []
+    for label, name in enumerate(class_names("hmdb51", root)):
+        for line in _annotation(folder, f"{name}_test_split{split[-1]}.txt").read_text().splitlines():
+            if line.strip() and line.rsplit(None, 1)[1] == wanted:  # 0: in neither part of this split
+                videos.append((root / name / line.rsplit(None, 1)[0], label))
+    return videos
+
+
+def _ssv2(root, split):
+    name = {"train": "train", "val": "validation", "test": "test"}[split]
+    listing = _annotation(root, f"{name}.json", f"something-something-v2-{name}.json")
+    classes, videos = _numbered("ssv2", root), []
+    for entry in json.loads(listing.read_text()):
+        template = entry.get("template", "").replace("[", "").replace("]", "")  # the test split has none
+        label = _label(classes, template, listing) if template else None
+        videos.append((root / "20bn-something-something-v2" / f"{entry['id']}.webm", label))
+    return videos
+
+
+def _diving48(root, split):
+    listing = _annotation(root, f"Diving48_V2_{split}.json")
+    classes = dict.fromkeys(range(len(class_names("diving48", root))))
+    entries = json.loads(listing.read_text())
+    for entry in entries:
+        _label(classes, entry["label"], listing)
+    return [(root / "rgb" / f"{entry['vid_name']}.mp4", entry["label"]) for entry in entries]
+
+
+def _kinetics400(root, split):
+    listing = _annotation(root, f"{split}.csv")
+    classes = _numbered("kinetics400", root)
+    folder = _annotation(root, split)
+    on_disk = {p.name: p for p in folder.rglob("*.mp4")}  # in class folders, with spaces or underscores, or in one
+    videos = []
+    for row in _rows(listing):
+        name = f"{row['youtube_id']}_{int(row['time_start']):06d}_{int(row['time_end']):06d}.mp4"
+        label = _label(classes, row["label"], listing) if row.get("label") else None
+        videos.append((on_disk.get(name, folder / name), label))
+    return videos
+
+
+def _rows(path):
+    with open(path, newline="") as file:
+        return list(csv.DictReader(file))
 
 
 # ---------------------------------------------------------------- the token store

@@ -3,9 +3,10 @@
     python finetune.py                                     the toy model just made, on motion
     python finetune.py --labels appearance                 the toy's other task
     python finetune.py --from-scratch                      the same sizes, random weights, for comparison
-    python finetune.py --checkpoint runs/mine/last.pt --data tokens/mine
+    python finetune.py --checkpoint classifier.pt --dataset ucf101 --split 1 --data tokens/ucf101
 
---data is a folder of token stores: train, test and, where choices are to be made, val.
+--data is a folder of token stores, made by vqvae.py tokenize: train, test and, where choices are to be made, val; of
+UCF101 and HMDB51 train1 and test1 to train3 and test3.
 
 Shapes: n videos in this process's batch, T frames, H x W tokens a frame, d hidden size, C classes.
 """
@@ -28,24 +29,40 @@ from training import option
 from transformer import VideoTransformer, load_backbone, read_checkpoint
 
 
+PAPER = dict(data="", lr=None, batch=128, warmup=0.1, weight_decay=0.01, labels="label", workers=4)
+DATASETS = {  # Table 4; scratch_epochs: how many times the epochs without pre-training
+    "toy": dict(),  # the defaults below
+    "own": dict(PAPER, epochs=50.0, fps=2.0, scratch_epochs=4.0),  # any other: as for the small ones
+    "ucf101": dict(PAPER, epochs=50.0, fps=2.0, scratch_epochs=4.0, split=1),
+    "hmdb51": dict(PAPER, epochs=50.0, fps=4.0, scratch_epochs=4.0, split=1),
+    "diving48": dict(PAPER, epochs=50.0, fps=4.0, scratch_epochs=4.0),
+    "ssv2": dict(PAPER, epochs=22.0, fps=4.0, scratch_epochs=1.5),
+    "kinetics400": dict(PAPER, epochs=30.0, fps=2.0, scratch_epochs=1.5),
+}
+
+
 @dataclass
 class Config:
+    dataset: str = option("toy", "whose training numbers of Table 4 to start from", choices=list(DATASETS))
     checkpoint: str = option("runs/toy/last.pt", "pre-trained or fine-tuned model, ours or a released one")
     from_scratch: bool = option(False, "take only the sizes from the checkpoint and start from random weights")
-    data: str = option("datasets/toy/tokens", "folder with the token stores train and test")
+    data: str = option("datasets/toy/tokens", "folder with the token stores (default of a dataset: tokens/DATASET)")
+    split: int = option(0, "1, 2 or 3 of UCF101 and HMDB51 (0: the stores are called train and test)")
     labels: str = option("motion", "label set to learn (the toy has motion, appearance and direction)")
     out: str = option("", "folder of the run (default: runs/finetune-LABELS, -scratch added where it is)")
     eval_only: bool = option(False, "test the checkpoint's own classifier, without training")
     eval_split: str = option("test", "which store to measure on: val to choose, test to report")
     resume: bool = option(False, "go on from the run's last checkpoint")
     # the clips
-    stride: int = option(3, "step between a clip's frames, in stored frames")
+    fps: float = option(2.67, "frames a second of a clip, taken from those stored")
     clips: int = option(10, "evenly spaced clips a video at test")
     # training (Table 4)
     epochs: float = option(24.0, "passes over the training videos")
+    scratch_epochs: float = option(1.0, "how many times these with --from-scratch")
     steps: int = option(0, "optimizer steps (0: as many as the epochs need)")
     batch: int = option(16, "videos a step, over all processes")
-    lr: float | None = option(None, "peak learning rate (default: 1e-3; 2e-3 from scratch)")
+    lr: float | None = option(None, "peak learning rate (default of the toy: 1e-3, 2e-3 from scratch; of the others: 1e-4, "
+                            "5e-5 for the large model)")
     warmup: float = option(0.1, "share of the steps in which the learning rate rises")
     weight_decay: float = option(0.01, "weight decay")
     dropout: float = option(0.1, "dropout of the transformer")
@@ -60,14 +77,24 @@ class Config:
     save_every: int = option(500, "steps between two checkpoints")
 
     def __post_init__(self):
-        for name in ("stride", "clips", "batch", "log_every", "save_every", "gpus"):
+        for name in ("clips", "batch", "log_every", "save_every", "gpus"):
             if getattr(self, name) < 1:
                 raise ValueError(f"--{name.replace('_', '-')} must be at least 1, not {getattr(self, name)}")
         if self.from_scratch and self.eval_only:
             raise ValueError("--from-scratch --eval-only: there is nothing to test without training")
-        if self.lr is None:  # the best of five on the toy's validation split: see the README
+        if not 0 <= self.split <= 3:
+            raise ValueError(f"--split {self.split}: UCF101 and HMDB51 have 1, 2 and 3")
+        if self.fps <= 0:
+            raise ValueError(f"--fps must be positive, not {self.fps}")
+        if self.lr is None and self.dataset == "toy":  # the best on the toy's validation split: see the README
             self.lr = 2e-3 if self.from_scratch else 1e-3
-        self.out = self.out or f"runs/finetune-{self.labels}{'-scratch' * self.from_scratch}"
+        self.data = self.data or f"tokens/{self.dataset}"
+        name = self.labels if self.dataset == "toy" else f"{self.dataset}{self.split or ''}"
+        self.out = self.out or f"runs/finetune-{name}{'-scratch' * self.from_scratch}"
+
+    def stride(self, store):
+        """The step between a clip's frames, in stored frames."""
+        return max(1, round(store.header["fps"] / self.fps))
 
 
 class Classifier(nn.Module):
@@ -131,7 +158,7 @@ def evaluate(model, store, config, device, precision):
     """
     rank, world = training.rank_and_world()
     model.eval()
-    videos = TestVideos(store, model.backbone.config.frames, config.stride, config.clips)
+    videos = TestVideos(store, model.backbone.config.frames, config.stride(store), config.clips)
     loader = DataLoader(videos, batch_size=max(1, 64 // (store.views * config.clips)),
                         sampler=range(rank, len(videos), world), num_workers=config.workers)
     result = torch.zeros(len(store), model.classifier.out_features, device=device)
@@ -152,7 +179,7 @@ def draw_confusion(truth, predicted, names, path):
     np.add.at(matrix, (truth, predicted), 1)
     matrix = 100 * matrix / matrix.sum(axis=1, keepdims=True).clip(min=1)
     side = min(14, 2.5 + 0.4 * len(names))
-    figure, axis = plt.subplots(figsize=(side + 1, side), layout="constrained")
+    figure, axis = plt.subplots(figsize=(side + 1, side))
     picture = axis.imshow(matrix, cmap="Blues", vmin=0, vmax=100)
     if len(names) <= 60:
         axis.set_xticks(range(len(names)), names, rotation=90)
@@ -165,7 +192,7 @@ def draw_confusion(truth, predicted, names, path):
                               color="white" if matrix[i, j] > 50 else "black")
     axis.set(xlabel="predicted", ylabel="truth")
     figure.colorbar(picture, label="% of the class", shrink=0.8)
-    figure.savefig(path, dpi=110)
+    figure.savefig(path, dpi=110, bbox_inches="tight")
     plt.close(figure)
 
 
@@ -174,7 +201,8 @@ def train(config, model, store, labels, device, precision):
     rank, world = training.rank_and_world()
     out, frames = Path(config.out), model.backbone.config.frames
     optimizer = training.make_optimizer(model, config.lr, config.weight_decay, (0.9, 0.999))
-    steps = config.steps or max(1, int(config.epochs * len(store)) // config.batch)
+    epochs = config.epochs * (config.scratch_epochs if config.from_scratch else 1)
+    steps = config.steps or max(1, int(epochs * len(store)) // config.batch)
     first = 0
     if config.resume and (out / "last.pt").is_file():
         checkpoint = read_checkpoint(out / "last.pt")
@@ -184,7 +212,7 @@ def train(config, model, store, labels, device, precision):
         training.say(f"resumed {out / 'last.pt'} at step {first} of {steps}")
     log = training.RunLog(out, config, resume_from=first)
     batches = data.Batches(len(store), config.batch, steps, first, config.seed, rank, world)
-    loader = iter(DataLoader(data.RandomClips(store, labels, frames, config.stride, config.seed),
+    loader = iter(DataLoader(data.RandomClips(store, labels, frames, config.stride(store), config.seed),
                              batch_sampler=batches, num_workers=config.workers, pin_memory=device.type == "cuda"))
     wrapped = DistributedDataParallel(model) if world > 1 else model
     scaler = torch.amp.GradScaler(device.type, enabled=precision == torch.float16)
@@ -222,10 +250,18 @@ def train(config, model, store, labels, device, precision):
     log.close()
 
 
+def open_store(config, part):
+    """The store of a part ("train", "test" or "val") of the split asked for; split 1 may also be called by the part."""
+    folder = Path(config.data)
+    numbered = folder / f"{part}{config.split or ''}"
+    plain = config.split == 1 and not numbered.is_dir()
+    return data.TokenStore(folder / part if plain else numbered)
+
+
 def prepare(config, device):
     """Stores and model -> ({split: TokenStore}, label set, class names, Classifier)."""
     wanted = [config.eval_split] if config.eval_only else ["train", config.eval_split]
-    stores = {split: data.TokenStore(Path(config.data) / split) for split in wanted}
+    stores = {split: open_store(config, split) for split in wanted}
     labels, classes, names = pick_labels(stores, config.labels)
     if not Path(config.checkpoint).is_file():
         raise FileNotFoundError(f"no checkpoint at {config.checkpoint} (python pretrain.py makes the toy one)")
@@ -244,11 +280,13 @@ def prepare(config, device):
     model = Classifier(fresh.resize(shape.frames, store.height, store.width), classes)
     if config.eval_only:
         model.load_classifier(config.checkpoint)
+    if config.lr is None:
+        config.lr = 5e-5 if shape.dim >= 1024 else 1e-4
     return stores, labels, names, model.to(device)
 
 
 def main():
-    config = training.parse(Config, sys.argv[1:], __doc__)
+    config = training.parse(Config, sys.argv[1:], __doc__, DATASETS, chosen_by="dataset")
     with training.refusals():
         training.launch(config.gpus)
         device = training.pick_device(config.device)

@@ -35,13 +35,14 @@ class Parser(argparse.ArgumentParser):
         sys.exit(2)
 
 
-def parse(config_class, argv, description, presets=None, prog=None):
+def parse(config_class, argv, description, presets=None, chosen_by="preset", prog=None):
     """The command line as a configuration: every field is a flag, underscores written as dashes.
 
-    presets: {name: {field: value}}, chosen by the flag of the field `preset`; flags given beside it win. A ValueError
-    from the configuration itself (its __post_init__) ends like any wrong value: one line, exit code 2.
+    presets: {name: {field: value}}, chosen by the flag of the field `chosen_by`; flags given beside it win. A
+    ValueError from the configuration itself (its __post_init__) ends like any wrong value: one line, exit code 2.
     """
-    parser = Parser(prog, description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(prog, description=description, formatter_class=argparse.RawDescriptionHelpFormatter,
+                    allow_abbrev=False)
     for f in fields(config_class):
         assert f.default is not MISSING, f"{f.name} needs a default"
         flag, text = "--" + f.name.replace("_", "-"), f"{f.metadata['help']} (default: {f.default})"
@@ -52,9 +53,9 @@ def parse(config_class, argv, description, presets=None, prog=None):
             parser.add_argument(flag, type=kind, default=f.default, choices=f.metadata["choices"], help=text,
                                 metavar=None if f.metadata["choices"] else kind.__name__.upper())
     if presets:
-        early = Parser(prog, add_help=False)
-        early.add_argument("--preset", choices=list(presets), default=config_class.preset)
-        parser.set_defaults(**presets[early.parse_known_args(argv)[0].preset])
+        early = Parser(prog, add_help=False, allow_abbrev=False)
+        early.add_argument("--" + chosen_by, choices=list(presets), default=getattr(config_class, chosen_by))
+        parser.set_defaults(**presets[getattr(early.parse_known_args(argv)[0], chosen_by)])
     args = parser.parse_args(argv)
     with refusals(prog):
         return config_class(**vars(args))

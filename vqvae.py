@@ -252,24 +252,26 @@ def report(measures):
 # ---------------------------------------------------------------- tokenising with one
 
 
-def views_for(kind, size):
+def views_for(kind, size, dataset=None):
     """The views that are cut from each video, as (shorter side, crop, flip): see data.read_views.
 
-    pretrain: the centre. train: 2 resizes x 3 crops x 2 flips. test: 3 crops.
+    pretrain: the centre. train: 2 resizes x 3 crops x 2 flips, 12 in all. test: 3 crops. Something-Something tells left
+    from right, so it is never flipped, and is tested on the centre alone.
     """
-    crops = ("top-left", "center", "bottom-right")
-    if kind == "pretrain":
+    crops, flips = ("top-left", "center", "bottom-right"), (False,) if dataset == "ssv2" else (False, True)
+    if kind == "pretrain" or (kind == "test" and dataset == "ssv2"):
         return [(size, "center", False)]
     if kind == "train":
-        return [(resize, crop, flip) for resize in (size, size + size // 4) for crop in crops for flip in (False, True)]
+        return [(resize, crop, flip) for resize in (size, size + size // 4) for crop in crops for flip in flips]
     return [(size, crop, False) for crop in crops]
 
 
-def tokenize(tokenizer, videos, root, out, fps, size, views, name, classes=None, workers=None, batch=256):
+def tokenize(tokenizer, videos, root, out, fps, size, views, name, classes=None, spans=None, workers=None, batch=256):
     """Decodes and tokenises videos into a token store; what an earlier call wrote already is kept.
 
     videos: [(path, {label set: class})]. root: what names in the store are relative to. views: from `views_for`.
-    name: what the store's header calls the tokenizer. Files that cannot be decoded are listed in out/errors.txt.
+    name: what the store's header calls the tokenizer. spans: {path: (first, last)} from `data.frame_spans`.
+    Files that cannot be decoded are listed in out/errors.txt.
     Returns (videos in the store, [error]).
     """
     rank, world = training.rank_and_world()
@@ -293,7 +295,10 @@ def tokenize(tokenizer, videos, root, out, fps, size, views, name, classes=None,
             writer.add(number, relative, own.reshape(len(views), -1, *own.shape[1:]), labels)
         waiting.clear()
 
-    decoded = data.decode_all(todo, lambda path: data.read_views(path, fps, size, views), workers or os.cpu_count())
+    def read(path):
+        return data.read_views(path, fps, size, views, (spans or {}).get(path))
+
+    decoded = data.decode_all(todo, read, workers or os.cpu_count())
     for path, result in data.progress(decoded, f"tokenising to {out}", len(todo), " videos", show=rank == 0):
         if isinstance(result, data.VideoError):
             errors.append(str(result))
@@ -341,20 +346,21 @@ class TrainConfig:
 @dataclass
 class TokenizeConfig:
     videos: str = option("", "folder of videos, without labels (short for --dataset folder --root DIR)")
-    dataset: str = option("folder", "how the videos are listed", choices=["folder", "list"])
+    dataset: str = option("folder", "how the videos are listed", choices=list(data.DATASETS))
     root: str = option("", "the dataset's folder")
-    split: str = option("train", "which split")
+    split: str = option("train", "which split (train1 to test3 of UCF101 and HMDB51)")
     views: str = option("pretrain", "which views of each video", choices=["pretrain", "train", "test"])
     tokenizer: str = option("vqvae.pt", "file of the tokenizer")
     out: str = option("tokens", "folder of the token store")
     frame_size: int = option(128, "frame side in pixels, a multiple of 8")
-    fps: float = option(2.0, "frames a second to keep")
+    fps: float = option(0.0, "frames a second to keep (0: 2 for the view pretrain, 16 for train and test)")
     workers: int = option(0, "ffmpeg processes (0: one a core)")
     batch: int = option(256, "frames a batch of the tokenizer")
     device: str = option("auto", "auto, cuda, mps or cpu")
 
     def __post_init__(self):
         check_size(self.frame_size)
+        self.fps = self.fps or (2.0 if self.views == "pretrain" else 16.0)
 
 
 def check_size(size):
@@ -383,9 +389,12 @@ def tokenize_command(config):
                   for path, label in data.list_videos(dataset, root, config.split)]
         device = training.pick_device(config.device)
         tokenizer = load_tokenizer(config.tokenizer).to(device)
-        views = views_for(config.views, config.frame_size)
-        count, errors = tokenize(tokenizer, videos, root, config.out, config.fps, config.frame_size, views,
-                                 Path(config.tokenizer).name, workers=config.workers, batch=config.batch)
+        classes = data.class_names(dataset, root)
+        count, errors = tokenize(tokenizer, videos, root, config.out, config.fps, config.frame_size,
+                                 views_for(config.views, config.frame_size, dataset), Path(config.tokenizer).name,
+                                 classes={"label": classes} if classes else None,
+                                 spans=data.frame_spans(dataset, root, config.split), workers=config.workers,
+                                 batch=config.batch)
     for line in errors:
         training.say(f"skipped {line}")
     training.say(f"{config.out}: {count} videos tokenised, {len(errors)} could not be decoded")

@@ -1,4 +1,5 @@
 """What the tests share: small videos, encoded for real."""
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -11,6 +12,7 @@ import torch
 ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT))
 torch.set_num_threads(1)  # tiny tensors: several threads only wait for each other
+os.environ["OMP_NUM_THREADS"] = "1"  # likewise in the scripts that tests start
 
 import toy  # noqa: E402
 

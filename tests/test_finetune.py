@@ -50,7 +50,7 @@ def store_of_two_kinds(path, count=40):
 
 def test_it_learns_what_takes_several_frames(tmp_path):
     store = store_of_two_kinds(tmp_path / "s")
-    config = finetune.Config(out=str(tmp_path / "run"), steps=150, batch=20, lr=5e-3, stride=1, clips=3)
+    config = finetune.Config(out=str(tmp_path / "run"), steps=150, batch=20, lr=5e-3, fps=2.0, clips=3)
     training.seed_all(0)
     model = finetune.Classifier(VideoTransformer(TransformerConfig(2, 32, 2, 16, 64, 3, 2, 2, 8, dropout=0.0)), 2)
     device = torch.device("cpu")
@@ -62,7 +62,7 @@ def test_it_learns_what_takes_several_frames(tmp_path):
 
 def test_probabilities_are_averaged_over_clips_and_views(tmp_path):
     store = store_of_two_kinds(tmp_path / "s", count=5)
-    config = finetune.Config(out=str(tmp_path / "run"), stride=2, clips=4)
+    config = finetune.Config(out=str(tmp_path / "run"), fps=1.0, clips=4)
     model = finetune.Classifier(VideoTransformer(TransformerConfig(1, 16, 2, 8, 32, 3, 2, 2, 8)), 2).eval()
     torch.nn.init.normal_(model.classifier.weight)
     p = finetune.evaluate(model, store, config, torch.device("cpu"), torch.float32)
@@ -70,7 +70,7 @@ def test_probabilities_are_averaged_over_clips_and_views(tmp_path):
     assert torch.allclose(p[3], model(clips).softmax(dim=-1).mean(dim=0), atol=1e-6)
 
 
-@pytest.mark.parametrize("wrong", [dict(stride=0), dict(batch=0), dict(from_scratch=True, eval_only=True)])
+@pytest.mark.parametrize("wrong", [dict(fps=0), dict(split=4), dict(batch=0), dict(from_scratch=True, eval_only=True)])
 def test_wrong_settings_are_refused(wrong):
     with pytest.raises(ValueError):
         finetune.Config(**wrong)
