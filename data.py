@@ -372,7 +372,7 @@ def _journal(path):
 
 def write_whole(path, content):
     """Writes a file whole or not at all, also when the machine stops half-way."""
-    part = Path(f"{path}.part")
+    part = Path(f"{path}.{os.getpid()}.part")  # several processes may write the same
     with open(part, "wb") as file:
         file.write(content if isinstance(content, bytes) else content.encode())
         file.flush()

@@ -61,8 +61,7 @@ class Config:
     scratch_epochs: float = option(1.0, "how many times these with --from-scratch")
     steps: int = option(0, "optimizer steps (0: as many as the epochs need)")
     batch: int = option(16, "videos a step, over all processes")
-    lr: float | None = option(None, "peak learning rate (default of the toy: 1e-3, 2e-3 from scratch; of the others: 1e-4, "
-                            "5e-5 for the large model)")
+    lr: float | None = option(None, "peak learning rate (default of the toy: 1e-3; of the others: 1e-4, 5e-5 for large)")
     warmup: float = option(0.1, "share of the steps in which the learning rate rises")
     weight_decay: float = option(0.01, "weight decay")
     dropout: float = option(0.1, "dropout of the transformer")
@@ -86,8 +85,8 @@ class Config:
             raise ValueError(f"--split {self.split}: UCF101 and HMDB51 have 1, 2 and 3")
         if self.fps <= 0:
             raise ValueError(f"--fps must be positive, not {self.fps}")
-        if self.lr is None and self.dataset == "toy":  # the best on the toy's validation split: see the README
-            self.lr = 2e-3 if self.from_scratch else 1e-3
+        if self.lr is None and self.dataset == "toy":  # the best on its validation split, also from scratch
+            self.lr = 1e-3
         self.data = self.data or f"tokens/{self.dataset}"
         name = self.labels if self.dataset == "toy" else f"{self.dataset}{self.split or ''}"
         self.out = self.out or f"runs/finetune-{name}{'-scratch' * self.from_scratch}"
@@ -237,7 +236,9 @@ def train(config, model, store, labels, device, precision):
         sums += torch.stack([loss.detach(), (logits.argmax(dim=-1) == truth).float().mean()])
         done, count = step + 1, count + 1
         if done % config.log_every == 0 or done == steps:
-            loss, accuracy = (sums / count).tolist()
+            if world > 1:
+                dist.all_reduce(sums)
+            loss, accuracy = (sums / count / world).tolist()
             log.write(step=done, epoch=done * config.batch / len(store), loss=loss, train_accuracy=accuracy, lr=lr)
             bar.set_postfix_str(f"loss {loss:.3f} accuracy {100 * accuracy:.1f}%", refresh=False)
             if not math.isfinite(loss):
@@ -292,8 +293,11 @@ def main():
         device = training.pick_device(config.device)
         precision = training.pick_precision(config.precision, device)
         stores, labels, names, model = prepare(config, device)
+        world = training.rank_and_world()[1]
         if "train" in stores:
-            config.batch = min(config.batch, len(stores["train"]))
+            config.batch = min(config.batch, len(stores["train"]) // world * world)
+        if config.batch % world or config.batch < 1:
+            raise ValueError(f"--batch {config.batch}: it must be a multiple of the {world} processes")
     if not config.eval_only:
         train(config, model, stores["train"], labels, device, precision)
     store = stores[config.eval_split]

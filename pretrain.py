@@ -9,6 +9,7 @@ A run lives in runs/NAME: config.json, last.pt, metrics.jsonl, curves.png, fill_
 
 Shapes: n videos in this process's batch, B = 2n clips, T frames, H x W tokens a frame, d hidden size, M masked tokens.
 """
+import contextlib
 import math
 import os
 import sys
@@ -167,30 +168,35 @@ class Vimpac(nn.Module):
         return model
 
 
-def draw_mask(config, tokens, vocab_size, blocks):
-    """Masks clips -> masked tokens (B, T, H, W), mask (B, T, H, W) without PAD."""
-    shape = tokens.shape
+def draw_mask(config, clips, shape, blocks, device, generator=None):
+    """What to hide in so many clips of (T, H, W) tokens -> bool (clips, T, H, W), or with --noise the cuboids
+    (clips, N, T, H, W)."""
     if config.mask == "iid":
-        hiding = masking.iid_mask(*shape, config.mask_ratio, device=tokens.device)
-    elif config.noise:
-        hiding = masking.cuboids(*shape, blocks, device=tokens.device)
-    else:
-        hiding = masking.block_mask(*shape, blocks, device=tokens.device)
+        return masking.iid_mask(clips, *shape, config.mask_ratio, device, generator)
+    draw = masking.cuboids if config.noise else masking.block_mask
+    return draw(clips, *shape, blocks, device, generator)
+
+
+def apply_mask(config, tokens, hiding, vocab_size):
+    """tokens (B, T, H, W) -> masked tokens (B, T, H, W), and what is to be predicted: bool (B, T, H, W), never PAD."""
     mask = (hiding.any(dim=1) if hiding.dim() == 5 else hiding) & (tokens != vocab_size + masking.PAD)
     return masking.hide(tokens, hiding, vocab_size, noise=config.noise), mask
 
 
-def losses(model, config, clips, vocab_size, blocks):
+def losses(model, config, clips, vocab_size, blocks, generator=None):
     """Eq. 6 on a batch of pairs: clips int64 (n, 2, T, H, W) -> loss (scalar), measures (3,).
 
     measures: L_mask, masked-token accuracy, gamma * L_cl, without gradient. L_mask is the mean over the masked tokens
     of all processes; each process's share is scaled so that DistributedDataParallel's mean over processes adds up.
+    The masks of all processes' clips come from the generator, so that they do not depend on how many share the work.
     """
     tokens = clips.transpose(0, 1).flatten(0, 1)  # (B, T, H, W): all first clips, then all second ones
-    masked, mask = draw_mask(config, tokens, vocab_size, blocks)
+    rank, world = training.rank_and_world() if dist.is_initialized() else (0, 1)
+    hiding = draw_mask(config, len(tokens) * world, tokens.shape[1:], blocks, tokens.device, generator)
+    hiding = hiding.unflatten(0, (2, -1))[:, rank::world].flatten(0, 1)  # this process's, as data.Batches shares them
+    masked, mask = apply_mask(config, tokens, hiding, vocab_size)
     logits, projections = model(masked, mask)  # (M, V + 5), (B, 256)
     codes = tokens[mask]  # (M,)
-    world = contrastive.world_size()
     count = torch.tensor([float(len(codes))], device=tokens.device)
     if world > 1:
         dist.all_reduce(count)
@@ -253,7 +259,8 @@ def fill_in(model, tokenizer, store, config, blocks, device, videos=6):
     header, pictures = store.header, []
     for video in chosen:
         clip = torch.from_numpy(data.even_clips(store, video, config.frames, stride, 1)[:1]).to(device)  # (1, T, H, W)
-        masked, mask = draw_mask(config, clip, header["vocab_size"], blocks)
+        hiding = draw_mask(config, 1, clip.shape[1:], blocks, device)
+        masked, mask = apply_mask(config, clip, hiding, header["vocab_size"])
         logits, _ = model(masked, mask)
         filled = clip.clone()
         filled[mask] = logits[:, :header["vocab_size"]].argmax(dim=-1)
@@ -306,21 +313,24 @@ def prepare(config, device):
     if config.data:
         store = data.TokenStore(config.data)
         return store, config.tokenizer or None, config.monitor or None
-    if config.videos:
-        home, root = Path(config.out), config.videos
-        splits = {"pretrain": [(path, {}) for path, _ in data.list_videos("folder", config.videos, "")]}
-    else:
-        home = root = toy.make("datasets/toy")
-        splits = {split: toy.split_videos(home, split) for split in toy.SPLITS}
+    rank, _ = training.rank_and_world()
+    home = Path(config.out if config.videos else "datasets/toy")
     place = Path(config.tokenizer or home / "tokenizer.pt")
-    if not place.is_file():
+    if rank == 0 and not config.videos:
+        toy.make(home)
+    training.wait_for_all()
+    if config.videos:
+        root, splits = config.videos, {"pretrain": [(p, {}) for p, _ in data.list_videos("folder", config.videos, "")]}
+    else:
+        root, splits = home, {split: toy.split_videos(home, split) for split in toy.SPLITS}
+    if rank == 0 and not place.is_file():
         paths = [path for path, _ in splits["pretrain"]]
         frames, _ = vqvae.sample_frames(paths, config.fps, config.frame_size, 8000, os.cpu_count())
-        tokenizer = vqvae.train_tokenizer(frames[frames.shape[0] // 20:], config.codes, config.tokenizer_steps, 64,
-                                          2e-3, config.seed, device)
+        held_out, frames = np.split(frames, [max(1, len(frames) // 20)])
+        tokenizer = vqvae.train_tokenizer(frames, config.codes, config.tokenizer_steps, 64, 2e-3, config.seed, device)
         vqvae.save_tokenizer(tokenizer, place)
-        held_out = frames[:max(1, frames.shape[0] // 20)]
         training.say(f"tokenizer: {vqvae.report(vqvae.measure(tokenizer, held_out))} (on held-out frames)")
+    training.wait_for_all()
     tokenizer = vqvae.load_tokenizer(place).to(device)
     for split, videos in splits.items():
         out = home / "tokens" / split
@@ -386,7 +396,10 @@ def train(config, model, store, blocks, device, monitor_folder):
                            world)
     loader = iter(DataLoader(dataset, batch_sampler=batches, num_workers=config.workers,
                              pin_memory=device.type == "cuda"))
+    if not config.alpha:
+        model.projection_head.requires_grad_(False)
     wrapped = DistributedDataParallel(model) if world > 1 else model
+    generator = torch.Generator(device)
     scaler = torch.amp.GradScaler(device.type, enabled=precision == torch.float16)
 
     def knn(step):
@@ -399,14 +412,17 @@ def train(config, model, store, blocks, device, monitor_folder):
     metrics, sums, count, since = {}, torch.zeros(3, device=device), 0, time.perf_counter()
     bar = data.progress(range(first, steps), "pre-training", steps - first, " steps", show=rank == 0)
     for step in bar:
-        training.seed_all(config.seed, step, rank)  # masks and dropout are a function of the seed and the step
+        training.seed_all(config.seed, step, rank)  # dropout is a function of the seed and the step, and so are masks
+        generator.manual_seed(training.one_seed(config.seed, step))
         lr = training.learning_rate(step, steps, config.lr, config.warmup)
         training.set_learning_rate(optimizer, lr)
         for part in range(config.accumulate):
             clips = next(loader).to(device, non_blocking=True)  # (n, 2, T, H, W)
-            with training.autocast(device, precision):
-                loss, measures = losses(wrapped, config, clips, vocab_size, blocks)
-            scaler.scale(loss / config.accumulate).backward()
+            last = part == config.accumulate - 1  # gradients are exchanged once a step
+            with contextlib.nullcontext() if last or world == 1 else wrapped.no_sync():
+                with training.autocast(device, precision):
+                    loss, measures = losses(wrapped, config, clips, vocab_size, blocks, generator)
+                scaler.scale(loss / config.accumulate).backward()
             sums += measures / config.accumulate
         scaler.unscale_(optimizer)
         nn.utils.clip_grad_norm_(model.parameters(), config.clip)
@@ -415,7 +431,9 @@ def train(config, model, store, blocks, device, monitor_folder):
         optimizer.zero_grad(set_to_none=True)
         done, count = step + 1, count + 1
         if done % config.log_every == 0 or done == steps:
-            mask_loss, accuracy, contrast = (sums / count).tolist()
+            if world > 1:
+                dist.all_reduce(sums)  # each process knows its share of L_mask and of the accuracy
+            mask_loss, accuracy, contrast = (sums / count / world).tolist()
             now = time.perf_counter()
             metrics = {"step": done, "epoch": done * config.batch / len(store),
                        "loss": mask_loss + config.alpha * contrast, "mask_loss": mask_loss, "mask_accuracy": accuracy,
@@ -441,9 +459,13 @@ def main():
         training.launch(config.gpus)
         device = training.pick_device(config.device)
         store, tokenizer_path, monitor_folder = prepare(config, device)
-        if config.batch > len(store):
-            training.say(f"--batch {config.batch} is more than the {len(store)} videos: using {len(store)}")
-            config.batch = len(store)
+        share = training.rank_and_world()[1] * config.accumulate
+        if config.batch > len(store) >= share:
+            wanted, config.batch = config.batch, len(store) // share * share
+            training.say(f"--batch {wanted} is more than the {len(store)} videos: using {config.batch}")
+        if config.batch % share or config.batch > len(store):
+            raise ValueError(f"--batch {config.batch}: it must be a multiple of {share} (processes x micro-batches) "
+                             f"and at most the {len(store)} videos")
         training.seed_all(config.seed)
         shape = config.transformer(store.header["vocab_size"], store.height, store.width)
         model = Vimpac(shape, config.projection_hidden, config.projection_layers).to(device)

@@ -7,6 +7,7 @@ import os
 import random
 import sys
 from dataclasses import MISSING, asdict, field, fields
+from datetime import timedelta
 from pathlib import Path
 from types import UnionType
 from typing import get_args
@@ -110,8 +111,14 @@ def pick_device(name):
         torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)))
         torch.backends.cuda.matmul.allow_tf32 = True
     if world > 1 and not dist.is_initialized():
-        dist.init_process_group("nccl" if name == "cuda" else "gloo")
+        dist.init_process_group("nccl" if name == "cuda" else "gloo", timeout=timedelta(hours=2))
     return torch.device(name)
+
+
+def wait_for_all():
+    """Waits until every process is here, such as for files that the first one makes."""
+    if dist.is_initialized():
+        dist.barrier()
 
 
 def pick_precision(name, device):
@@ -128,9 +135,14 @@ def autocast(device, dtype):
     return torch.autocast(device.type, dtype, enabled=dtype != torch.float32)
 
 
+def one_seed(*numbers):
+    """One well-mixed seed from a tuple such as (seed, step, rank) -> int."""
+    return int(np.random.SeedSequence(numbers).generate_state(1)[0])
+
+
 def seed_all(*numbers):
     """Seeds every generator from a tuple such as (seed, step, rank): no generator's state has to be kept."""
-    number = int(np.random.SeedSequence(numbers).generate_state(1)[0])
+    number = one_seed(*numbers)
     random.seed(number)
     np.random.seed(number)
     torch.manual_seed(number)

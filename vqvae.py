@@ -15,7 +15,6 @@ from pathlib import Path
 
 import numpy as np
 import torch
-import torch.distributed as dist
 import torch.nn.functional as F
 from torch import nn
 
@@ -310,15 +309,13 @@ def tokenize(tokenizer, videos, root, out, fps, size, views, name, classes=None,
         flush()
     writer.close()
     data.write_whole(Path(out) / f"errors-{rank:05d}.txt", "".join(f"{line}\n" for line in errors))
-    if world > 1:
-        dist.barrier()
+    training.wait_for_all()
     parts = sorted(Path(out).glob("errors-*.txt"))
     errors = [line for part in parts for line in part.read_text().splitlines()]
     if rank == 0:
         data.write_whole(Path(out) / "errors.txt", "".join(f"{line}\n" for line in errors))
         writer.finish()
-    if world > 1:
-        dist.barrier()
+    training.wait_for_all()
     return len(videos) - len(errors), errors
 
 

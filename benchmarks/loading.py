@@ -1,0 +1,118 @@
+"""How fast videos become tokens and tokens become clips; prints the figures of benchmarks/RESULTS.md.
+
+    python benchmarks/loading.py store --videos 1240000          a token store of HowTo100M's size
+    python benchmarks/loading.py tokenize --videos DIR --tokenizer vqvae.pt --frame-size 128
+"""
+import argparse
+import os
+import resource
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch.utils.data import DataLoader
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+
+import data  # noqa: E402
+import vqvae  # noqa: E402
+
+
+def make_store(path, videos, frames=12):
+    """A store of 16 x 16 tokens a frame; the tokens are one block, written for every video."""
+    writer = data.StoreWriter(path, {"tokenizer": "-", "fingerprint": "-", "vocab_size": 8192, "fps": 2.0, "size": 128,
+                                     "height": 16, "width": 16, "views": [[128, "center", False]], "root": "/",
+                                     "classes": None})
+    tokens = np.random.default_rng(0).integers(8192, size=(1, frames, 16, 16))
+    for i in data.progress(range(videos), "writing", unit=" videos"):
+        writer.add(i, f"{i % 1000:03d}/{i:011d}.mp4", tokens, {})
+    writer.close()
+    start = time.perf_counter()
+    writer.finish()
+    print(f"{videos} videos: index written in {time.perf_counter() - start:.1f} s")
+
+
+def measure_store(path, count=20000, batch=64):
+    """Opens a store and draws clips, in this process alone."""
+    start = time.perf_counter()
+    store = data.TokenStore(path)
+    store.name(len(store) - 1)
+    opened = time.perf_counter() - start
+    batches = data.Batches(len(store), batch, count // batch)
+    next(iter(batches))  # the first order of an epoch
+    loader = DataLoader(data.ClipPairs(store, 5), batch_sampler=batches)
+    start = time.perf_counter()
+    for _ in loader:
+        pass
+    rate = 2 * count / (time.perf_counter() - start)
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+    print(f"{len(store)} videos: opened in {1000 * opened:.1f} ms, {rate:.0f} clips/s from one process, "
+          f"peak memory of the whole process {peak:.0f} MB")
+
+
+def measure_tokenizing(folder, tokenizer_path, size, fps, repeat):
+    """Decoding alone, encoding alone, and both overlapped by vqvae.tokenize, on the same files."""
+    videos = [path for path, _ in data.list_videos("folder", folder, "")] * repeat
+    tokenizer, views = vqvae.load_tokenizer(tokenizer_path), vqvae.views_for("pretrain", size)
+
+    def read(path):
+        return data.read_views(path, fps, size, views)
+
+    seconds, frames = {}, []
+    start = time.perf_counter()
+    for _, result in data.decode_all(videos, read, os.cpu_count()):
+        if not isinstance(result, data.VideoError):
+            frames.append(result[0])
+    seconds["decoding"] = time.perf_counter() - start
+    frames = torch.from_numpy(np.concatenate(frames))
+    start = time.perf_counter()
+    for part in frames.split(256):
+        tokenizer.encode(part)
+    seconds["encoding"] = time.perf_counter() - start
+    with tempfile.TemporaryDirectory() as out:
+        links = []
+        for i, path in enumerate(videos):  # the same file several times needs several names
+            links.append(Path(out) / "videos" / f"{i}{Path(path).suffix}")
+            links[-1].parent.mkdir(exist_ok=True)
+            links[-1].symlink_to(Path(path).resolve())
+        start = time.perf_counter()
+        vqvae.tokenize(tokenizer, [(str(p), {}) for p in links], out, Path(out) / "store", fps, size, views, "-")
+        seconds["both"] = time.perf_counter() - start
+    slower = max(seconds["decoding"], seconds["encoding"])
+    print(f"{len(videos)} files, {len(frames)} frames of {size} pixels: " +
+          ", ".join(f"{name} {value:.1f} s ({len(frames) / value:.0f} frames/s)" for name, value in seconds.items()) +
+          f"; both take {100 * (seconds['both'] / slower - 1):+.0f}% of the slower half")
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    commands = parser.add_subparsers(dest="command", required=True)
+    store = commands.add_parser("store")
+    store.add_argument("--videos", type=int, default=1_240_000)
+    measure = commands.add_parser("measure")
+    measure.add_argument("--store", required=True)
+    tokenize = commands.add_parser("tokenize")
+    tokenize.add_argument("--videos", required=True)
+    tokenize.add_argument("--tokenizer", required=True)
+    tokenize.add_argument("--frame-size", type=int, default=128)
+    tokenize.add_argument("--fps", type=float, default=2.0)
+    tokenize.add_argument("--repeat", type=int, default=4, help="how many times each file is read")
+    args = parser.parse_args()
+    if args.command == "store":
+        with tempfile.TemporaryDirectory() as folder:
+            for count in (10_000, args.videos):
+                make_store(f"{folder}/{count}", count)
+                subprocess.run([sys.executable, __file__, "measure", "--store", f"{folder}/{count}"], check=True)
+    elif args.command == "measure":  # in a process of its own, so that memory is what opening and drawing take
+        measure_store(args.store)
+    else:
+        measure_tokenizing(args.videos, args.tokenizer, args.frame_size, args.fps, args.repeat)
+
+
+if __name__ == "__main__":
+    main()
