@@ -326,7 +326,7 @@ def prepare(config, device):
     if rank == 0 and not place.is_file():
         paths = [path for path, _ in splits["pretrain"]]
         frames, _ = vqvae.sample_frames(paths, config.fps, config.frame_size, 8000, os.cpu_count())
-        held_out, frames = np.split(frames, [max(1, len(frames) // 20)])
+        held_out, frames = frames[::20], frames[np.arange(len(frames)) % 20 > 0]
         tokenizer = vqvae.train_tokenizer(frames, config.codes, config.tokenizer_steps, 64, 2e-3, config.seed, device)
         vqvae.save_tokenizer(tokenizer, place)
         training.say(f"tokenizer: {vqvae.report(vqvae.measure(tokenizer, held_out))} (on held-out frames)")

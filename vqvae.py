@@ -197,7 +197,10 @@ def sample_frames(videos, fps, size, most, workers):
             frames.append(result[np.linspace(0, len(result) - 1, min(each, len(result))).round().astype(int)])
     if not frames:
         raise ValueError("none of the videos could be decoded: " + "; ".join(errors[:3]))
-    return np.concatenate(frames), errors
+    frames = np.concatenate(frames)
+    if len(frames) < 20:
+        raise ValueError(f"{len(frames)} frames are too few to train a tokenizer: give more videos or a larger --fps")
+    return frames, errors
 
 
 def train_tokenizer(frames, codes, steps, batch, lr, seed, device):
@@ -372,8 +375,7 @@ def train_command(config):
         frames, errors = sample_frames(videos, config.fps, config.frame_size, config.frames, os.cpu_count())
     for line in errors:
         print(f"skipped {line}")
-    held_out = frames[::20]
-    frames = np.delete(frames, np.s_[::20], axis=0) if len(frames) > 20 else frames
+    held_out, frames = frames[::20], frames[np.arange(len(frames)) % 20 > 0]
     tokenizer = train_tokenizer(frames, config.codes, config.steps, config.batch, config.lr, config.seed, device)
     save_tokenizer(tokenizer, config.out)
     print(f"{config.out}: {report(measure(tokenizer, held_out))} (on {len(held_out)} frames held out)")
