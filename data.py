@@ -16,7 +16,7 @@ import imageio_ffmpeg
 import numpy as np
 from tqdm import tqdm
 
-VIDEO_ENDINGS = {".mp4", ".webm", ".avi", ".mkv", ".mov", ".m4v", ".mpg", ".mpeg", ".flv", ".wmv", ".ts", ".3gp", ".ogv"}
+VIDEO_ENDINGS = {".3gp", ".avi", ".flv", ".m4v", ".mkv", ".mov", ".mp4", ".mpeg", ".mpg", ".ogv", ".ts", ".webm", ".wmv"}
 PAD = 1  # the id of padding, counted from vocab_size
 FORMAT = 1  # of the token store
 
@@ -29,8 +29,8 @@ class _Lines:
     """A file for tqdm that prints each state of the bar as a line of its own, where no terminal redraws it."""
 
     def write(self, text):
-        if text.strip("\r\n "):
-            print(text.strip("\r\n "), file=sys.stderr, flush=True)
+        if text.strip():
+            print(text.strip(), file=sys.stderr, flush=True)
 
     def flush(self):
         sys.stderr.flush()

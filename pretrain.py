@@ -437,7 +437,8 @@ def train(config, model, store, blocks, device, monitor_folder):
             now = time.perf_counter()
             metrics = {"step": done, "epoch": done * config.batch / len(store),
                        "loss": mask_loss + config.alpha * contrast, "mask_loss": mask_loss, "mask_accuracy": accuracy,
-                       "contrastive_loss": contrast, "lr": lr, "videos_per_second": config.batch * count / (now - since)}
+                       "contrastive_loss": contrast, "lr": lr,
+                       "videos_per_second": config.batch * count / (now - since)}
             log.write(**metrics)
             bar.set_postfix_str(f"mask {100 * accuracy:.1f}% contrast {contrast:.3f}", refresh=False)
             if not math.isfinite(metrics["loss"]):
@@ -484,7 +485,8 @@ def finish(config, model, store, blocks, device, tokenizer_path, metrics):
     records = training.read_metrics(out)
     names = sorted({key for record in records for key in record if key.startswith("knn_")})
     training.draw_curves(out, {
-        "masked-token accuracy": {"accuracy": "mask_accuracy"}, "contrastive loss (with gamma)": {"loss": "contrastive_loss"},
+        "masked-token accuracy": {"accuracy": "mask_accuracy"},
+        "contrastive loss (with gamma)": {"loss": "contrastive_loss"},
         "kNN accuracy": {name.removeprefix("knn_"): name for name in names}})
     if tokenizer_path:
         tokenizer = vqvae.load_tokenizer(tokenizer_path).to(device)

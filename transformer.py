@@ -274,7 +274,8 @@ def released_config(state):
     prefix = "backbone.transformer.resblocks."
     places = [key[len(prefix):].split(".") for key in state if key.startswith(prefix)]
     queries = {(int(p[0]), int(p[2]), int(p[4])) for p in places if p[1] == "attention_blocks" and p[3] == "attentions"}
-    patterns = [sum(q[:2] == (0, block) for q in queries) for block in range(1 + max((q[1] for q in queries), default=-1))]
+    blocks = 1 + max((q[1] for q in queries), default=-1)
+    patterns = [sum(q[:2] == (0, block) for q in queries) for block in range(blocks)]  # of the first layer
     layout = next((name for name in LAYOUTS
                    if [len(block.split("|")) for block in name.split(",")] == patterns), None)
     if layout is None:

@@ -10,6 +10,7 @@ import hashlib
 import math
 import os
 import sys
+import time
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -217,7 +218,7 @@ def train_tokenizer(frames, codes, steps, batch, lr, seed, device):
         (error + 0.25 * commitment).backward()
         optimizer.step()
         if step % 20 == 0:
-            bar.set_postfix_str(f"PSNR {psnr(error.item()):.1f} dB, {len(index.unique())} codes in the batch", refresh=False)
+            bar.set_postfix_str(f"PSNR {psnr(error.item()):.1f} dB, {len(index.unique())} codes", refresh=False)
     return tokenizer.eval()
 
 
@@ -300,14 +301,19 @@ def tokenize(tokenizer, videos, root, out, fps, size, views, name, classes=None,
     def read(path):
         return data.read_views(path, fps, size, views, (spans or {}).get(path))
 
-    decoded = data.decode_all(todo, read, workers or os.cpu_count())
-    for path, result in data.progress(decoded, f"tokenising to {out}", len(todo), " videos", show=rank == 0):
+    bar = data.progress(data.decode_all(todo, read, workers or os.cpu_count()), "tokenising", len(todo), " videos",
+                        show=rank == 0)
+    start, frames_done = time.perf_counter(), 0
+    for path, result in bar:
         if isinstance(result, data.VideoError):
             errors.append(str(result))
         else:
             waiting.append((path, result))
-        if sum(f.shape[0] * f.shape[1] for _, f in waiting) >= batch:
+        frames = sum(f.shape[0] * f.shape[1] for _, f in waiting)
+        if frames >= batch:
             flush()
+            frames_done += frames
+            bar.set_postfix_str(f"{frames_done / (time.perf_counter() - start):.0f} frames/s", refresh=False)
     if waiting:
         flush()
     writer.close()

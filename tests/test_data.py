@@ -177,7 +177,8 @@ def test_lists_with_numbers_words_and_spaces(tmp_path):
         (tmp_path / name).parent.mkdir(exist_ok=True)
         (tmp_path / name).touch()
     (tmp_path / "train.txt").write_text("a b/c.mp4 1\nd.mp4 0\n")
-    assert data.list_videos("list", tmp_path, "train") == [(str(tmp_path / "a b/c.mp4"), 1), (str(tmp_path / "d.mp4"), 0)]
+    expected = [(str(tmp_path / "a b/c.mp4"), 1), (str(tmp_path / "d.mp4"), 0)]
+    assert data.list_videos("list", tmp_path, "train") == expected
     (tmp_path / "train.txt").write_text("c.mp4 walk\nd.mp4 jump\n")
     (tmp_path / "test.txt").write_text("e.mp4 walk\n")
     assert [label for _, label in data.list_videos("list", tmp_path, "train")] == [1, 0]
@@ -237,9 +238,10 @@ def test_a_tokenisation_killed_again_and_again_ends_like_one_that_was_not(tmp_pa
     vqvae.save_tokenizer(tokenizer, tmp_path / "t.pt")
 
     def start(out):
-        return subprocess.Popen([sys.executable, str(ROOT / "vqvae.py"), "tokenize", "--videos", str(tmp_path / "videos"),
-                                 "--tokenizer", str(tmp_path / "t.pt"), "--frame-size", "32", "--fps", "8", "--batch",
-                                 "64", "--workers", "1", "--out", str(tmp_path / out)], stderr=subprocess.DEVNULL)
+        command = [sys.executable, ROOT / "vqvae.py", "tokenize", "--videos", tmp_path / "videos", "--tokenizer",
+                   tmp_path / "t.pt", "--frame-size", 32, "--fps", 8, "--batch", 64, "--workers", 1, "--out",
+                   tmp_path / out]
+        return subprocess.Popen([str(part) for part in command], stderr=subprocess.DEVNULL)
 
     for lines in (1, 6, 12):  # killed as soon as so many videos are there
         process = start("killed")

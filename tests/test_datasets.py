@@ -1,4 +1,4 @@
-"""Each real dataset's layout, written as its site gives it out, from video files to accuracy through the command lines."""
+"""Each real dataset's layout, written as its site gives it out: from video files to accuracy by the command lines."""
 import json
 import sys
 from dataclasses import asdict
