@@ -341,6 +341,11 @@ def prepare(config, device):
             for line in errors:
                 training.say(f"skipped {line}")
             training.say(f"{out}: {count} videos tokenised, {len(errors)} could not be decoded")
+        header, wanted = data.TokenStore(out).header, {"fingerprint": vqvae.fingerprint(tokenizer), "fps": config.fps,
+                                                       "size": config.frame_size}
+        for key, value in wanted.items():
+            if header[key] != value:
+                raise ValueError(f"{out} was made with {key} {header[key]}, not {value}: delete it to make it anew")
     monitor_folder = config.monitor or (None if config.videos else home / "tokens")
     return data.TokenStore(home / "tokens" / "pretrain"), place, monitor_folder
 

@@ -183,6 +183,11 @@ def test_a_folder_of_any_videos(tmp_path, write_video):
         {path.name for path in (tmp_path / "runs/mine").iterdir()}
 
 
+def test_tokens_of_another_rate_are_not_taken_for_those_asked_for(workplace):
+    done = run(workplace, "--fps", 4, *flags(TINY))
+    assert done.returncode == 2 and "fps 8.0, not 4.0" in done.stderr
+
+
 @pytest.mark.parametrize("argv, said", [
     (["--heads", "3"], "3 heads"), (["--layout", "W,H"], "T,H|W"), (["--videos", "nowhere"], "nowhere"),
     (["--data", "nowhere"], "nowhere"), (["--mask-ratio", "15"], "between 0 and 1"), (["--gpus", "99"], "99"),
