@@ -116,6 +116,8 @@ class Config:
             raise ValueError("--noise belongs to --mask block: it is drawn per cuboid")
         if self.resume and self.init:
             raise ValueError("--resume and --init: give one of them")
+        if self.init and not Path(self.init).is_file():
+            raise ValueError(f"--init {self.init}: there is no such file")
         if self.videos and self.data:
             raise ValueError("--videos and --data: give one of them")
         vqvae.check_size(self.frame_size)
@@ -359,6 +361,8 @@ def restore(path, model, optimizer):
     Where the clip size differs, the position tables and their moments are interpolated, as in the paper's second stage.
     """
     checkpoint = read_checkpoint(path)
+    if not {"model", "optimizer", "step"} <= checkpoint.keys():
+        raise ValueError(f"{path} is no checkpoint of a run of this project")
     weights, state = checkpoint["model"], checkpoint["optimizer"]
     order = [p for group in optimizer.param_groups for p in group["params"]]  # how the optimizer numbers them
     for name in ("time", "row", "column"):
@@ -389,12 +393,13 @@ def train(config, model, store, blocks, device, monitor_folder):
     optimizer = training.make_optimizer(model, config.lr, config.weight_decay, (0.9, 0.98))
     steps = config.steps or max(1, int(config.epochs * len(store)) // config.batch)
     first = 0
-    if config.resume and (out / "last.pt").is_file():
-        first = restore(out / "last.pt", model, optimizer)
-        training.say(f"resumed {out / 'last.pt'} at step {first} of {steps}")
-    elif config.init:
-        restore(config.init, model, optimizer)
-        training.say(f"starting from {config.init}")
+    with training.refusals():
+        if config.resume and (out / "last.pt").is_file():
+            first = restore(out / "last.pt", model, optimizer)
+            training.say(f"resumed {out / 'last.pt'} at step {first} of {steps}")
+        elif config.init:
+            restore(config.init, model, optimizer)
+            training.say(f"starting from {config.init}")
     log = training.RunLog(out, config, resume_from=first)
     dataset = data.ClipPairs(store, config.frames, (config.min_stride, config.max_stride), config.d_max, config.seed)
     batches = data.Batches(len(store), micro, steps * config.accumulate, first * config.accumulate, config.seed, rank,

@@ -183,6 +183,17 @@ def test_a_folder_of_any_videos(tmp_path, write_video):
         {path.name for path in (tmp_path / "runs/mine").iterdir()}
 
 
+def test_init_from_the_command_line(workplace):
+    """A stage of its own: it starts at step 0 with the weights of another run; other files are refused in a line."""
+    done = run(workplace, "--init", "runs/toy/last.pt", "--steps", 2, "--out", "runs/second", *flags(TINY))
+    assert done.returncode == 0 and "starting from runs/toy/last.pt" in done.stdout
+    assert [m["step"] for m in training.read_metrics(workplace / "runs/second")][0] == 0
+    for path in ("nowhere.pt", "datasets/toy/tokenizer.pt"):
+        done = run(workplace, "--init", path, *flags(TINY))
+        assert done.returncode == 2 and path in done.stderr.strip().splitlines()[-1]
+        assert "Traceback" not in done.stderr
+
+
 def test_tokens_of_another_rate_are_not_taken_for_those_asked_for(workplace):
     done = run(workplace, "--fps", 4, *flags(TINY))
     assert done.returncode == 2 and "fps 8.0, not 4.0" in done.stderr
