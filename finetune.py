@@ -76,9 +76,7 @@ class Config:
     save_every: int = option(500, "steps between two checkpoints")
 
     def __post_init__(self):
-        for name in ("clips", "batch", "log_every", "save_every", "gpus"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"--{name.replace('_', '-')} must be at least 1, not {getattr(self, name)}")
+        training.check_positive(self, "clips", "batch", "log_every", "save_every", "gpus")
         if self.from_scratch and self.eval_only:
             raise ValueError("--from-scratch --eval-only: there is nothing to test without training")
         if not 0 <= self.split <= 3:

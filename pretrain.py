@@ -104,9 +104,8 @@ class Config:
     knn_every: int = option(250, "steps between two measurements of it")
 
     def __post_init__(self):
-        for name in ("frames", "batch", "accumulate", "log_every", "save_every", "knn", "knn_every", "gpus"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"--{name.replace('_', '-')} must be at least 1, not {getattr(self, name)}")
+        training.check_positive(self, "frames", "batch", "accumulate", "log_every", "save_every", "knn", "knn_every",
+                                "gpus")
         if not 1 <= self.min_stride <= self.max_stride:
             raise ValueError(f"--min-stride {self.min_stride} --max-stride {self.max_stride}: "
                              f"both at least 1, the smaller first")

@@ -29,6 +29,13 @@ def option(default, help, choices=None):
     return field(default=default, metadata={"help": help, "choices": choices})
 
 
+def check_positive(config, *names):
+    """Raises ValueError, naming the flag, unless these fields are at least 1."""
+    for name in names:
+        if getattr(config, name) < 1:
+            raise ValueError(f"--{name.replace('_', '-')} must be at least 1, not {getattr(config, name)}")
+
+
 class Parser(argparse.ArgumentParser):
     def error(self, message):
         """One line, no usage: with fifty flags the usage would hide what was wrong."""
