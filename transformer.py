@@ -14,6 +14,7 @@ from dataclasses import dataclass, replace
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.utils.checkpoint import checkpoint
 
 SPECIAL = 5  # rows of the embedding after the codes
 PAD = 1  # the id of padding, counted from vocab_size: 8193 with the paper's 8192 codes
@@ -52,6 +53,17 @@ class TransformerConfig:
             raise ValueError(f"dropout must lie in 0..1, not {self.dropout}")
 
 
+def dropout(x, p, training):
+    """F.dropout. On a CPU drawing its random numbers would take longer than attention itself: here one draw gives the
+    numbers of four elements, 16 bits each, and the mask kept for the backward pass has one byte an element."""
+    if x.device.type != "cpu" or not training or p == 0:
+        return F.dropout(x, p, training)
+    dropped = round(p * 2**16)  # of the 2**16 numbers
+    numbers = torch.empty((x.numel() + 3) // 4, dtype=torch.int64).random_(-2**63, None).view(torch.int16)
+    keep = numbers[:x.numel()].view(x.shape) >= dropped - 2**15
+    return (x * keep).mul_(2**16 / (2**16 - dropped))
+
+
 class AttentionBlock(nn.Module):
     """Eq. 10, 11 and 15: attention along each pattern of a block, W_out, residual, LayerNorm."""
 
@@ -67,38 +79,43 @@ class AttentionBlock(nn.Module):
 
     def forward(self, x, pad, shape):
         """x: (B, N, d), CLS first. pad: bool (B, T, H, W), True = PAD, or None. shape: (T, H, W)."""
-        qkv = self.qkv(self.norm(x) if self.pre_norm else x)  # (B, N, 3A)
-        parts = [self.attend(part, pad, shape, pattern)
-                 for part, pattern in zip(qkv.chunk(len(self.patterns), dim=-1), self.patterns)]  # (B, N, A/P) each
-        out = parts[0] if len(parts) == 1 else torch.cat(parts, dim=-1)  # (B, N, A)
-        x = x + F.dropout(self.out(out), self.dropout, self.training)
+        out = self.out(self.attention(self.norm(x) if self.pre_norm else x, pad, shape))  # (B, N, d)
+        x = x + dropout(out, self.dropout, self.training)
         return x if self.pre_norm else self.norm(x)
 
+    def attention(self, x, pad, shape):
+        """All patterns side by side: (B, N, d) -> (B, N, A)."""
+        qkv = self.qkv(x).chunk(len(self.patterns), dim=-1)  # P times (B, N, 3A/P)
+        parts = zip(*(self.attend(part, pad, shape, pattern) for part, pattern in zip(qkv, self.patterns)))
+        cls, tokens = (torch.cat(kind, dim=-2) for kind in parts)  # (B, heads, a), (B, T, H, W, heads, a)
+        return torch.cat([cls.flatten(1)[:, None], tokens.flatten(4).flatten(1, 3)], dim=1)
+
     def attend(self, qkv, pad, shape, pattern):
-        """One pattern: every sequence along its axes attends to itself and to CLS. (B, N, 3A/P) -> (B, N, A/P)"""
+        """One pattern: every sequence along its axes attends to itself and to CLS.
+
+        qkv: (B, N, 3A/P). -> CLS (B, heads, a), tokens (B, T, H, W, heads, a). In the shapes below, S are the other
+        axes, one dimension each.
+        """
         axes = [1 + "THW".index(axis) for axis in pattern.split("x")]  # the dimensions that make up a sequence
         others = [axis for axis in (1, 2, 3) if axis not in axes]
-        batch = len(qkv)
         qkv = qkv.unflatten(-1, (3, self.heads, -1))  # (B, N, 3, heads, a)
         tokens = qkv[:, 1:].unflatten(1, shape)  # (B, T, H, W, 3, heads, a)
-        tokens = tokens.permute(4, 0, *others, 5, *axes, 6)  # (3, B, others, heads, axes, a)
-        grid = tokens.shape  # remembered for the way back
-        tokens = tokens.reshape(3, batch, -1, self.heads, math.prod(shape[a - 1] for a in axes), grid[-1])
-        cls = qkv[:, 0].permute(1, 0, 2, 3)[:, :, None, :, None]  # (3, B, 1, heads, 1, a): computed once, not S times
-        cls = cls.expand(-1, -1, tokens.shape[2], -1, -1, -1)
-        q, k, v = torch.cat([cls, tokens], dim=4).unbind(0)  # (B, S, heads, 1 + L, a) each
-        scores = q @ k.transpose(-1, -2) / math.sqrt(grid[-1])  # (B, S, heads, 1 + L, 1 + L)
+        tokens = tokens.permute(4, 0, *others, 5, *axes, 6)  # (3, B, S, heads, axes, a)
+        lengths = tokens.shape[-1 - len(axes):-1]
+        tokens = tokens.flatten(-1 - len(axes), -2)  # (3, B, S, heads, L, a)
+        cls = qkv[:, 0].transpose(0, 1).unflatten(1, (-1,) + (1,) * len(others)).unsqueeze(-2)  # (3, B, 1, heads, 1, a)
+        cls = cls.expand(*tokens.shape[:-2], 1, -1)  # computed once, not for every sequence
+        q, k, v = torch.cat([cls, tokens], dim=-2).unbind(0)  # (B, S, heads, 1 + L, a) each
+        scores = (q @ k.transpose(-1, -2)).div_(math.sqrt(q.shape[-1]))  # (B, S, heads, 1 + L, 1 + L)
         if pad is not None:
-            ignore = pad.permute(0, *others, *axes).reshape(batch, tokens.shape[2], 1, 1, -1)  # (B, S, 1, 1, L)
+            ignore = pad.permute(0, *others, *axes).flatten(1 + len(others))[..., None, None, :]  # (B, S, 1, 1, L)
             scores = scores.masked_fill(F.pad(ignore, (1, 0)), float("-inf"))  # CLS is never PAD
-        p = F.dropout(scores.softmax(dim=-1), self.dropout, self.training)
+        p = dropout(scores.softmax(dim=-1), self.dropout, self.training)
         out = p @ v  # (B, S, heads, 1 + L, a)
-        cls = out[..., 0, :].mean(dim=1)  # (B, heads, a): Eq. 15, the mean over all sequences of the pattern
-        back = [0] * 7  # where each dimension of (B, T, H, W, heads, a) stands in `grid` without its leading 3
-        for place, axis in enumerate([0, *others, 4, *axes, 5]):
-            back[axis] = place
-        tokens = out[..., 1:, :].reshape(grid[1:]).permute(back[:6])  # (B, T, H, W, heads, a)
-        return torch.cat([cls.flatten(1)[:, None], tokens.flatten(4).flatten(1, 3)], dim=1)  # (B, N, A/P)
+        cls = out[..., 0, :].reshape(len(out), -1, self.heads, out.shape[-1]).mean(dim=1)  # (B, heads, a): Eq. 15
+        back = [[0, *others, 4, *axes, 5].index(axis) for axis in range(6)]
+        tokens = out[..., 1:, :].unflatten(-2, lengths).permute(back)  # (B, T, H, W, heads, a)
+        return cls, tokens
 
 
 class Layer(nn.Module):
@@ -115,8 +132,9 @@ class Layer(nn.Module):
     def forward(self, x, pad, shape):  # (B, N, d)
         for block in self.blocks:
             x = block(x, pad, shape)
-        y = self.contract(F.gelu(self.expand(self.norm(x) if self.pre_norm else x)))  # (B, N, d)
-        x = x + F.dropout(y, self.dropout, self.training)
+        hidden = self.expand(self.norm(x) if self.pre_norm else x)  # (B, N, m)
+        y = checkpoint(lambda h: self.contract(F.gelu(h)), hidden, use_reentrant=False, preserve_rng_state=False)
+        x = x + dropout(y, self.dropout, self.training)
         return x if self.pre_norm else self.norm(x)
 
 
@@ -156,7 +174,7 @@ class VideoTransformer(nn.Module):
         x = torch.cat([cls.to(x.dtype), x.flatten(1, 3)], dim=1)  # (B, N, d)
         if not self.config.pre_norm:
             x = self.norm(x)
-        return F.dropout(x, self.config.dropout, self.training)
+        return dropout(x, self.config.dropout, self.training)
 
     def forward(self, tokens, padded=None):
         """tokens: int64 (B, T, H, W), ids below vocab_size + 5 -> cls (B, d), features (B, T, H, W, d).
