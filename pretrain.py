@@ -140,7 +140,8 @@ class Vimpac(nn.Module):
         self.projection_head = contrastive.ProjectionHead(config.dim, projection_hidden, projection_layers)
 
     def forward(self, tokens, mask, padded=None):
-        """tokens: int64 (B, T, H, W), already masked. mask: bool (B, T, H, W), True = to be predicted.
+        """tokens: int64 (B, T, H, W), already masked. mask: bool (B, T, H, W), True = to be predicted, or the places
+        of its True (mask.nonzero(as_tuple=True)), for which a GPU need not be waited for.
 
         -> logits (M, V + 5) of the masked positions alone, in the order of the mask, and projections (B, 256).
         """
@@ -169,13 +170,13 @@ class Vimpac(nn.Module):
         return model
 
 
-def draw_mask(config, clips, shape, blocks, device, generator=None):
+def draw_mask(config, clips, shape, blocks, generator=None):
     """What to hide in so many clips of (T, H, W) tokens -> bool (clips, T, H, W), or with --noise the cuboids
     (clips, N, T, H, W)."""
     if config.mask == "iid":
-        return masking.iid_mask(clips, *shape, config.mask_ratio, device, generator)
+        return masking.iid_mask(clips, *shape, config.mask_ratio, generator=generator)
     draw = masking.cuboids if config.noise else masking.block_mask
-    return draw(clips, *shape, blocks, device, generator)
+    return draw(clips, *shape, blocks, generator=generator)
 
 
 def apply_mask(config, tokens, hiding, vocab_size):
@@ -185,20 +186,24 @@ def apply_mask(config, tokens, hiding, vocab_size):
 
 
 def losses(model, config, clips, vocab_size, blocks, generator=None):
-    """Eq. 6 on a batch of pairs: clips int64 (n, 2, T, H, W) -> loss (scalar), measures (3,).
+    """Eq. 6 on a batch of pairs: clips int64 (n, 2, T, H, W), on the CPU -> loss (scalar), measures (3,).
 
     measures: L_mask, masked-token accuracy, gamma * L_cl, without gradient. L_mask is the mean over the masked tokens
     of all processes; each process's share is scaled so that DistributedDataParallel's mean over processes adds up.
     The masks of all processes' clips come from the generator, so that they do not depend on how many share the work.
+    They are drawn on the CPU: there the number of masked tokens is known without waiting for what the GPU still does.
     """
+    device = next(model.parameters()).device
     tokens = clips.transpose(0, 1).flatten(0, 1)  # (B, T, H, W): all first clips, then all second ones
     rank, world = training.rank_and_world() if dist.is_initialized() else (0, 1)
-    hiding = draw_mask(config, len(tokens) * world, tokens.shape[1:], blocks, tokens.device, generator)
+    hiding = draw_mask(config, len(tokens) * world, tokens.shape[1:], blocks, generator)
     hiding = hiding.unflatten(0, (2, -1))[:, rank::world].flatten(0, 1)  # this process's, as data.Batches shares them
     masked, mask = apply_mask(config, tokens, hiding, vocab_size)
-    logits, projections = model(masked, mask)  # (M, V + 5), (B, 256)
-    codes = tokens[mask]  # (M,)
-    count = torch.tensor([float(len(codes))], device=tokens.device)
+    padded = bool((tokens == vocab_size + masking.PAD).any())
+    where = mask.nonzero(as_tuple=True)  # four (M,)
+    codes, masked, *where = (training.move(part, device) for part in (tokens[where], masked, *where))
+    logits, projections = model(masked, tuple(where), padded)  # (M, V + 5), (B, 256)
+    count = torch.full((1,), float(len(codes)), device=device)
     if world > 1:
         dist.all_reduce(count)
     share = world / count.clamp(min=1).squeeze()
@@ -260,7 +265,7 @@ def fill_in(model, tokenizer, store, config, blocks, device, videos=6):
     header, pictures = store.header, []
     for video in chosen:
         clip = torch.from_numpy(data.even_clips(store, video, config.frames, stride, 1)[:1]).to(device)  # (1, T, H, W)
-        hiding = draw_mask(config, 1, clip.shape[1:], blocks, device)
+        hiding = draw_mask(config, 1, clip.shape[1:], blocks).to(device)
         masked, mask = apply_mask(config, clip, hiding, header["vocab_size"])
         logits, _ = model(masked, mask)
         filled = clip.clone()
@@ -383,6 +388,25 @@ def restore(path, model, optimizer):
     return checkpoint["step"]
 
 
+def update(model, config, micro_batches, vocab_size, blocks, optimizer, scaler, precision, step):
+    """One optimizer step on a list of micro-batches, clips int64 (n, 2, T, H, W) each -> their mean measures (3,)."""
+    generator = torch.Generator().manual_seed(training.one_seed(config.seed, step))
+    device, total = next(model.parameters()).device, 0
+    for i, clips in enumerate(micro_batches):
+        last = i == len(micro_batches) - 1  # gradients are exchanged once a step
+        with contextlib.nullcontext() if last or not dist.is_initialized() else model.no_sync():
+            with training.autocast(device, precision):
+                loss, measures = losses(model, config, clips, vocab_size, blocks, generator)
+            scaler.scale(loss / len(micro_batches)).backward()
+        total = total + measures / len(micro_batches)
+    scaler.unscale_(optimizer)
+    nn.utils.clip_grad_norm_(model.parameters(), config.clip)
+    scaler.step(optimizer)
+    scaler.update()
+    optimizer.zero_grad(set_to_none=True)
+    return total
+
+
 def train(config, model, store, blocks, device, monitor_folder):
     """The whole of pre-training, from config.out/last.pt on where --resume asks for it. Returns the last metrics."""
     rank, world = training.rank_and_world()
@@ -403,12 +427,10 @@ def train(config, model, store, blocks, device, monitor_folder):
     dataset = data.ClipPairs(store, config.frames, (config.min_stride, config.max_stride), config.d_max, config.seed)
     batches = data.Batches(len(store), micro, steps * config.accumulate, first * config.accumulate, config.seed, rank,
                            world)
-    loader = iter(DataLoader(dataset, batch_sampler=batches, num_workers=config.workers,
-                             pin_memory=device.type == "cuda"))
+    loader = iter(DataLoader(dataset, batch_sampler=batches, num_workers=config.workers))
     if not config.alpha:
         model.projection_head.requires_grad_(False)
     wrapped = DistributedDataParallel(model) if world > 1 else model
-    generator = torch.Generator(device)
     scaler = torch.amp.GradScaler(device.type, enabled=precision == torch.float16)
 
     def knn(step):
@@ -422,22 +444,10 @@ def train(config, model, store, blocks, device, monitor_folder):
     bar = data.progress(range(first, steps), "pre-training", steps - first, " steps", show=rank == 0)
     for step in bar:
         training.seed_all(config.seed, step, rank)  # dropout is a function of the seed and the step, and so are masks
-        generator.manual_seed(training.one_seed(config.seed, step))
         lr = training.learning_rate(step, steps, config.lr, config.warmup)
         training.set_learning_rate(optimizer, lr)
-        for part in range(config.accumulate):
-            clips = next(loader).to(device, non_blocking=True)  # (n, 2, T, H, W)
-            last = part == config.accumulate - 1  # gradients are exchanged once a step
-            with contextlib.nullcontext() if last or world == 1 else wrapped.no_sync():
-                with training.autocast(device, precision):
-                    loss, measures = losses(wrapped, config, clips, vocab_size, blocks, generator)
-                scaler.scale(loss / config.accumulate).backward()
-            sums += measures / config.accumulate
-        scaler.unscale_(optimizer)
-        nn.utils.clip_grad_norm_(model.parameters(), config.clip)
-        scaler.step(optimizer)
-        scaler.update()
-        optimizer.zero_grad(set_to_none=True)
+        sums += update(wrapped, config, [next(loader) for _ in range(config.accumulate)], vocab_size, blocks, optimizer,
+                       scaler, precision, step)
         done, count = step + 1, count + 1
         if done % config.log_every == 0 or done == steps:
             if world > 1:

@@ -122,7 +122,7 @@ def test_the_loss_is_equation_6_on_masked_tokens_alone(monkeypatch):
     training.seed_all(1)
     loss, measures = pretrain.losses(model, config, clips, 16, 4)
     training.seed_all(1)
-    hiding = pretrain.draw_mask(config, 6, (5, 4, 4), 4, tokens.device)
+    hiding = pretrain.draw_mask(config, 6, (5, 4, 4), 4)
     masked, mask = pretrain.apply_mask(config, tokens, hiding, 16)
     assert not mask[0, -1].any() and (masked[mask] == 20).all()
     cls, features = model.backbone(masked)
