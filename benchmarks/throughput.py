@@ -1,0 +1,316 @@
+"""How fast a step of pre-training is, beside what the machine could do and beside a plain version of the model.
+
+    python benchmarks/throughput.py --reference                     small, T = 5, S = 128, 4 videos a step
+    python benchmarks/throughput.py --presets small base large --videos 256 128 64 --precisions bf16 --compile
+    python benchmarks/throughput.py --presets large --videos 512 --gpus 8
+
+Every row is a process of its own, so that its peak memory is its own. Prints a table, then the same as JSON lines.
+Then: how many clips/s the loader delivers from a store of 100,000 videos, how many frames/s the tokenizers encode.
+
+A row: videos/s and ms a step (the median step), peak memory (of the GPU, or of the whole process), and model FLOP
+utilisation: the FLOP that `flop` counts, per second, over those of a large matrix product in the same process.
+"""
+import argparse
+import itertools
+import json
+import math
+import re
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from torch.nn.parallel import DistributedDataParallel
+from torch.utils.data import DataLoader
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+import dalle  # noqa: E402
+import data  # noqa: E402
+import loading  # noqa: E402
+import masking  # noqa: E402
+import pretrain  # noqa: E402
+import training  # noqa: E402
+import vqvae  # noqa: E402
+from transformer import AttentionBlock, Layer  # noqa: E402
+
+# ---------------------------------------------------------------- what a step computes
+
+
+def flop(config, masked):
+    """FLOP of one clip, forward and backward: the matrix products of the model, 2 for a multiply and an add.
+
+    masked: how many of its tokens are predicted, on average. The backward pass takes twice the forward pass.
+    """
+    sizes = {"T": config.frames, "H": config.height, "W": config.width}
+    tokens = config.frames * config.height * config.width
+    attention, total = config.heads * config.head_dim, 0
+    for block in config.layout.split(","):
+        total += 2 * (1 + tokens) * config.dim * 4 * attention  # query, key, value and W_out
+        patterns = block.split("|")
+        for pattern in patterns:
+            length = math.prod(sizes[axis] for axis in pattern.split("x"))
+            total += 4 * (tokens // length) * (1 + length) ** 2 * attention // len(patterns)  # q k^T and p v
+    total += 4 * (1 + tokens) * config.dim * config.mlp_dim
+    head = 2 * masked * config.dim * (config.dim + config.vocab_size + 5)
+    return 3 * (config.layers * total + head)
+
+
+# ---------------------------------------------------------------- the plain version
+
+
+class PlainBlock(AttentionBlock):
+    """The same block as the equations state it: every sequence is laid out with CLS in front, then projected."""
+
+    def forward(self, x, pad, shape):
+        y = self.norm(x) if self.pre_norm else x
+        dim, parts = y.shape[-1], []
+        cls, tokens = y[:, :1], y[:, 1:].unflatten(1, shape)  # (B, 1, d), (B, T, H, W, d)
+        weights = self.qkv.weight.chunk(len(self.patterns)), self.qkv.bias.chunk(len(self.patterns))
+        for pattern, weight, bias in zip(self.patterns, *weights):
+            axes = [1 + "THW".index(axis) for axis in pattern.split("x")]
+            order = [0] + [axis for axis in (1, 2, 3) if axis not in axes] + axes
+            grid = tokens.permute(*order, 4)
+            length = math.prod(shape[axis - 1] for axis in axes)
+            sequences = grid.reshape(-1, length, dim)  # (B*S, L, d)
+            repeated = cls.repeat_interleave(len(sequences) // len(y), dim=0)  # (B*S, 1, d)
+            sequences = torch.cat([repeated, sequences], dim=1)  # (B*S, 1 + L, d)
+            q, k, v = (F.linear(sequences, w, b).unflatten(-1, (self.heads, -1)).transpose(1, 2)
+                       for w, b in zip(weight.chunk(3), bias.chunk(3)))  # (B*S, heads, 1 + L, a) each
+            p = (q @ k.transpose(-1, -2) / math.sqrt(q.shape[-1])).softmax(dim=-1)
+            out = (F.dropout(p, self.dropout, self.training) @ v).transpose(1, 2).flatten(2)  # (B*S, 1 + L, A/P)
+            first = out[:, 0].unflatten(0, (len(y), -1)).mean(dim=1, keepdim=True)  # (B, 1, A/P)
+            back = [order.index(axis) for axis in range(4)]
+            rest = out[:, 1:].reshape(*grid.shape[:4], -1).permute(*back, 4)  # (B, T, H, W, A/P)
+            parts.append(torch.cat([first, rest.flatten(1, 3)], dim=1))
+        x = x + F.dropout(self.out(torch.cat(parts, dim=-1)), self.dropout, self.training)
+        return x if self.pre_norm else self.norm(x)
+
+
+class PlainLayer(Layer):
+    def forward(self, x, pad, shape):
+        for block in self.blocks:
+            x = block(x, pad, shape)
+        y = self.contract(F.gelu(self.expand(self.norm(x) if self.pre_norm else x)))
+        x = x + F.dropout(y, self.dropout, self.training)
+        return x if self.pre_norm else self.norm(x)
+
+
+class PlainVimpac(pretrain.Vimpac):
+    """Logits of all tokens, then those of the masked ones."""
+
+    def forward(self, tokens, mask, padded=None):
+        cls, features = self.backbone(tokens, padded)
+        return self.token_head(features, self.backbone.embedding.weight)[mask], self.projection_head(cls)
+
+
+def make_plain(model):
+    """Turns a model into the plain version of itself, with the same weights; it takes no PAD tokens."""
+    model.__class__ = PlainVimpac
+    for layer in model.backbone.layers:
+        layer.__class__ = PlainLayer
+        for block in layer.blocks:
+            block.__class__ = PlainBlock
+    return model
+
+
+# ---------------------------------------------------------------- measuring
+
+
+def wait(device):
+    if device.type == "cuda":
+        torch.cuda.synchronize()
+
+
+def matrix_rate(device, dtype):
+    """FLOP/s of a large square matrix product: the best of five."""
+    size = 8192 if device.type == "cuda" else 3072
+    a, b = torch.randn(2, size, size, device=device).to(dtype)
+    seconds = []
+    for _ in range(6):
+        start = time.perf_counter()
+        a @ b
+        wait(device)
+        seconds.append(time.perf_counter() - start)
+    return 2 * size ** 3 / min(seconds[1:])
+
+
+def peak_memory(device):
+    """GB: of this GPU since the start, or of this process."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated() / 1e9
+    return int(re.search(r"VmHWM:\s*(\d+)", Path("/proc/self/status").read_text())[1]) * 1024 / 1e9
+
+
+def measure(row, steps):
+    """One row: random clips, the whole step of pretrain.py (masks, both losses, backward, clipping, AdamW) -> dict."""
+    device = training.pick_device(row["device"])
+    precision = training.pick_precision(row["precision"], device)
+    frames, size = (int(n) for n in row["clip"].split("x"))
+    config = pretrain.Config(**{**pretrain.PRESETS[row["preset"]], "layout": row["layout"], "frames": frames})
+    shape = config.transformer(row["vocab_size"], size // 8, size // 8)
+    rank, world = training.rank_and_world()
+    training.seed_all(0)
+    model = pretrain.Vimpac(shape, config.projection_hidden, config.projection_layers).to(device)
+    if row["model"] == "plain":
+        make_plain(model)
+    elif row["model"] == "compiled":
+        pretrain.compile_layers(model)
+    optimizer = training.make_optimizer(model, 1e-4, config.weight_decay, (0.9, 0.98))
+    wrapped = DistributedDataParallel(model) if world > 1 else model
+    scaler = torch.amp.GradScaler(device.type, enabled=precision == torch.float16)
+    blocks = masking.blocks_for(shape.frames, shape.height, shape.width)
+    clips = torch.randint(shape.vocab_size, (row["videos"] // world, 2, frames, size // 8, size // 8))
+    seconds, mask_losses = [], []
+    for step in range(steps + 2):  # the first two warm up
+        training.seed_all(0, step, rank)
+        wait(device)
+        start = time.perf_counter()
+        measures = pretrain.update(wrapped, config, [clips], shape.vocab_size, blocks, optimizer, scaler, precision, step)
+        wait(device)
+        seconds.append(time.perf_counter() - start)
+        mask_losses.append(measures[0].item())
+    memory = peak_memory(device)  # before the matrix product, which takes some as well
+    del model, wrapped, optimizer
+    second = statistics.median(seconds[2:])
+    masked = masking.expected_ratio(shape.frames, shape.height, shape.width, blocks) * frames * shape.height * shape.width
+    needed = 2 * row["videos"] * flop(shape, masked) / world
+    rate = matrix_rate(device, precision)
+    return {**row, "ms": 1000 * second, "videos_per_second": row["videos"] / second, "peak_gb": memory,
+            "mfu": needed / second / rate, "step_tflop": needed / 1e12, "matrix_tflops": rate / 1e12,
+            "first_mask_loss": mask_losses[0], "device": str(device), "torch": torch.__version__}
+
+
+def measure_loader(videos):
+    """Clips/s of one loading process, drawn from a store of so many videos."""
+    with tempfile.TemporaryDirectory() as folder:
+        loading.make_store(folder, videos)
+        return {"model": "loader", "videos": videos, "clips_per_second": loading.measure_store(folder)[2]}
+
+
+def dalle_encoder():
+    """DALL-E's encoder in its released sizes, with random weights."""
+    tensors = {}
+
+    def add(name, n_out, n_in, side):
+        tensors[f"{name}.w"] = torch.randn(n_out, n_in, side, side) / math.sqrt(n_in * side ** 2)
+        tensors[f"{name}.b"] = torch.zeros(n_out)
+
+    add("blocks.input", 256, 3, 7)
+    before = 256
+    for group, width in enumerate((256, 512, 1024, 2048), 1):
+        for block in (1, 2):
+            name, inner = f"blocks.group_{group}.block_{block}", width // 4
+            if before != width:
+                add(f"{name}.id_path", width, before, 1)
+            for i, sizes in enumerate([(inner, before, 3), (inner, inner, 3), (inner, inner, 3), (width, inner, 1)], 1):
+                add(f"{name}.res_path.conv_{i}", *sizes)
+            before = width
+    add("blocks.output.conv", 8192, 2048, 1)
+    return dalle.DalleVAE(dalle.Tower(tensors, dalle.halve))
+
+
+@torch.no_grad()
+def measure_tokenizer(name, device, size, seconds=10):
+    """Frames/s that a tokenizer encodes."""
+    device = training.pick_device(device)
+    tokenizer = (dalle_encoder() if name == "DALL-E" else vqvae.VQVAE(1024)).to(device).eval()
+    frames = torch.randint(256, (256 if device.type == "cuda" else 8, size, size, 3), dtype=torch.uint8)
+    tokenizer.encode(frames)
+    wait(device)
+    start, done = time.perf_counter(), 0
+    while time.perf_counter() - start < seconds:
+        tokenizer.encode(frames)
+        wait(device)
+        done += len(frames)
+    return {"model": name, "size": size, "frames_per_second": done / (time.perf_counter() - start)}
+
+
+# ---------------------------------------------------------------- the table
+
+
+def in_own_process(job, gpus=1):
+    """Runs this file anew for one job -> the dict it prints last, or {"error": its last line}."""
+    start = [sys.executable] + (["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(gpus)]
+                                if gpus > 1 else [])
+    done = subprocess.run([*start, __file__, "--job", json.dumps(job)], capture_output=True, text=True)
+    if done.returncode:
+        lines = [line for line in done.stderr.splitlines() if "Error" in line] or done.stderr.splitlines()[-1:]
+        return {"error": lines[0].strip() if lines else f"ended with {done.returncode}"}
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+HEAD = ("model     preset  layout   clip    precision  videos   ms/step  videos/s  peak GB    MFU   "
+        "speed and memory, to plain")
+
+
+def line(row, plain=None):
+    """A row of the table. plain: the row of the plain version on the same work."""
+    start = f"{row['model']:8s}  {row['preset']:6s}  {row['layout']:7s}  {row['clip']:6s}  {row['precision']:9s}  {row['videos']:6d}"
+    if "error" in row:
+        return f"{start}  {row['error'][:100]}"
+    text = f"{start}  {row['ms']:8.1f}  {row['videos_per_second']:8.3g}  {row['peak_gb']:7.2f}  {100 * row['mfu']:4.0f}%"
+    if plain and "error" not in plain:
+        text += (f"   {row['videos_per_second'] / plain['videos_per_second']:.2f}x"
+                 f"  {100 * row['peak_gb'] / plain['peak_gb']:.0f}%")
+    return text
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--presets", nargs="+", default=["small"], choices=list(pretrain.PRESETS))
+    parser.add_argument("--videos", nargs="+", type=int, default=[4], help="videos a step, for all presets or for each")
+    parser.add_argument("--clips", nargs="+", default=["5x128"], help="clip sizes, T x S such as 5x128 10x256")
+    parser.add_argument("--layouts", nargs="+", default=["T,H|W"])
+    parser.add_argument("--precisions", nargs="+", default=["fp32", "bf16"], choices=["fp32", "bf16", "fp16"])
+    parser.add_argument("--device", default="auto", choices=["auto", "cuda", "cpu"])
+    parser.add_argument("--gpus", type=int, default=1, help="processes that share each step")
+    parser.add_argument("--steps", type=int, default=5, help="steps of which the median counts")
+    parser.add_argument("--compile", action="store_true", help="also measure every row with torch.compile")
+    parser.add_argument("--reference", action="store_true", help="also measure the plain version, in float32")
+    parser.add_argument("--no-loading", action="store_true", help="leave out the loader and the tokenizers")
+    parser.add_argument("--job", help=argparse.SUPPRESS)
+    args = parser.parse_args()
+    if args.job:
+        name, values = json.loads(args.job)
+        result = {"row": measure, "loader": measure_loader, "tokenizer": measure_tokenizer}[name](*values)
+        if training.rank_and_world()[0] == 0:
+            print(json.dumps(result))
+        return
+    if len(args.videos) not in (1, len(args.presets)):
+        parser.error(f"--videos: one number, or one for each of the {len(args.presets)} presets")
+
+    device, rows = training.pick_device(args.device), []
+    print(f"{torch.cuda.get_device_name() if device.type == 'cuda' else f'CPU, {torch.get_num_threads()} threads'}, "
+          f"torch {torch.__version__}\n\n{HEAD}")
+    kinds = [("plain", "fp32")] * args.reference + [("ours", p) for p in args.precisions]
+    kinds += [("compiled", p) for p in args.precisions] * args.compile
+    videos = args.videos * (len(args.presets) if len(args.videos) == 1 else 1)
+    for (preset, count), clip, layout in itertools.product(zip(args.presets, videos), args.clips, args.layouts):
+        plain = None
+        for model, precision in kinds:
+            row = {"model": model, "preset": preset, "layout": layout, "clip": clip, "precision": precision,
+                   "videos": count, "vocab_size": 8192, "device": device.type}
+            row |= in_own_process(["row", [row, args.steps]], args.gpus)
+            plain = row if model == "plain" else plain
+            rows.append(row)
+            print(line(row, plain if model != "plain" else None), flush=True)
+    print()
+    if not args.no_loading:
+        loader = in_own_process(["loader", [100_000]])
+        print(f"loader: {loader['clips_per_second']:.0f} clips/s from 100,000 videos, one process")
+        tokenizers = [in_own_process(["tokenizer", [name, device.type, 128]]) for name in ("DALL-E", "VQ-VAE")]
+        for row in tokenizers:
+            print(f"tokenizer {row['model']}: {row['frames_per_second']:.1f} frames/s of 128 x 128 pixels")
+        rows += [loader, *tokenizers]
+    print()
+    for row in rows:
+        print(json.dumps(row))
+
+
+if __name__ == "__main__":
+    main()
