@@ -5,12 +5,16 @@
 Shapes: n videos in the batch of one process, d features.
 """
 import math
+import warnings
 
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from torch import nn
 from torch.distributed.nn.functional import all_gather, all_reduce
+
+# what torch 2.13 recommends in their place is not in 2.11
+warnings.filterwarnings("ignore", "torch.distributed.nn.functional", FutureWarning)
 
 
 def world_size():

@@ -26,7 +26,7 @@ from torch.utils.data import DataLoader
 import data
 import training
 from training import option
-from transformer import VideoTransformer, load_backbone, read_checkpoint
+from transformer import PAD, VideoTransformer, load_backbone, read_checkpoint
 
 
 PAPER = dict(data="", lr=None, batch=128, warmup=0.1, weight_decay=0.01, labels="label", workers=4)
@@ -71,6 +71,7 @@ class Config:
     gpus: int = option(1, "GPUs of this machine, a process each")
     device: str = option("auto", "device of each process", choices=["auto", "cuda", "mps", "cpu"])
     precision: str = option("auto", "number format of the matrix products", choices=["auto", "bf16", "fp16", "fp32"])
+    compile: bool = option(False, "compile the layers with torch.compile (needs a C++ compiler on CPUs)")
     workers: int = option(0, "processes that load clips (0: the training process itself)")
     log_every: int = option(25, "steps between two lines of metrics")
     save_every: int = option(500, "steps between two checkpoints")
@@ -200,19 +201,25 @@ def train(config, model, store, labels, device, precision):
     optimizer = training.make_optimizer(model, config.lr, config.weight_decay, (0.9, 0.999))
     epochs = config.epochs * (config.scratch_epochs if config.from_scratch else 1)
     steps = config.steps or max(1, int(epochs * len(store)) // config.batch)
+    scaler = torch.amp.GradScaler(device.type, enabled=precision == torch.float16)
     first = 0
-    if config.resume and (out / "last.pt").is_file():
-        checkpoint = read_checkpoint(out / "last.pt")
+    if last := training.last_checkpoint(out, config.resume):
+        checkpoint = read_checkpoint(last)
         model.load_state_dict(checkpoint["model"])
         optimizer.load_state_dict(checkpoint["optimizer"])
+        training.restore_scaler(scaler, checkpoint)
         first = checkpoint["step"]
-        training.say(f"resumed {out / 'last.pt'} at step {first} of {steps}")
+        training.say(f"resumed {last} at step {first} of {steps}")
+    with training.refusals():
+        training.check_same(first, out)
     log = training.RunLog(out, config, resume_from=first)
     batches = data.Batches(len(store), config.batch, steps, first, config.seed, rank, world)
     loader = iter(DataLoader(data.RandomClips(store, labels, frames, config.stride(store), config.seed),
-                             batch_sampler=batches, num_workers=config.workers, pin_memory=device.type == "cuda"))
+                             batch_sampler=batches, num_workers=config.workers))
+    if config.compile:
+        model.backbone.compile_layers()
     wrapped = DistributedDataParallel(model) if world > 1 else model
-    scaler = torch.amp.GradScaler(device.type, enabled=precision == torch.float16)
+    pad = store.header["vocab_size"] + PAD
     model.train()
     sums, count = torch.zeros(2, device=device), 0
     bar = data.progress(range(first, steps), "fine-tuning", steps - first, " steps", show=rank == 0)
@@ -221,9 +228,10 @@ def train(config, model, store, labels, device, precision):
         lr = training.learning_rate(step, steps, config.lr, config.warmup)
         training.set_learning_rate(optimizer, lr)
         clips, truth = next(loader)  # (n, T, H, W), (n,)
-        truth = truth.to(device, non_blocking=True)
+        padded = bool((clips == pad).any())
+        clips, truth = training.move(clips, device), training.move(truth, device)
         with training.autocast(device, precision):
-            logits = wrapped(clips.to(device, non_blocking=True)).float()  # (n, C)
+            logits = wrapped(clips, padded).float()  # (n, C)
         loss = F.cross_entropy(logits, truth)
         scaler.scale(loss).backward()
         scaler.unscale_(optimizer)
@@ -244,7 +252,7 @@ def train(config, model, store, labels, device, precision):
             sums, count = torch.zeros_like(sums), 0
         if (done % config.save_every == 0 or done == steps) and rank == 0:
             training.save(out / "last.pt", {"model": model.state_dict(), "optimizer": optimizer.state_dict(),
-                                            "step": done, "config": asdict(config),
+                                            "scaler": scaler.state_dict(), "step": done, "config": asdict(config),
                                             "transformer": asdict(model.backbone.config)})
     log.close()
 
@@ -299,7 +307,8 @@ def main():
     if not config.eval_only:
         train(config, model, stores["train"], labels, device, precision)
     store = stores[config.eval_split]
-    p = evaluate(model, store, config, device, precision)
+    with torch.compiler.set_stance("force_eager"):  # not worth a compilation for each of its shapes
+        p = evaluate(model, store, config, device, precision)
     if training.rank_and_world()[0] > 0:
         return
     truth = torch.tensor(store.labels(labels), dtype=torch.long, device=device)

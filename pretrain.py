@@ -97,6 +97,7 @@ class Config:
     gpus: int = option(1, "GPUs of this machine, a process each")
     device: str = option("auto", "device of each process", choices=["auto", "cuda", "mps", "cpu"])
     precision: str = option("auto", "number format of the matrix products", choices=["auto", "bf16", "fp16", "fp32"])
+    compile: bool = option(False, "compile the layers with torch.compile (needs a C++ compiler on CPUs)")
     workers: int = option(4, "processes that load clips (0: the training process itself)")
     log_every: int = option(50, "steps between two lines of metrics")
     save_every: int = option(500, "steps between two checkpoints")
@@ -117,6 +118,8 @@ class Config:
             raise ValueError("--resume and --init: give one of them")
         if self.init and not Path(self.init).is_file():
             raise ValueError(f"--init {self.init}: there is no such file")
+        if self.init and Path(self.init).resolve() == (Path(self.out) / "last.pt").resolve():
+            raise ValueError(f"--init {self.init}: give the new run a folder of its own with --out")
         if self.videos and self.data:
             raise ValueError("--videos and --data: give one of them")
         vqvae.check_size(self.frame_size)
@@ -359,8 +362,8 @@ def prepare(config, device):
 # ---------------------------------------------------------------- training
 
 
-def restore(path, model, optimizer):
-    """Loads a checkpoint's weights and optimizer -> its step. Raises ValueError where the sizes do not fit.
+def restore(path, model, optimizer, scaler):
+    """Loads a checkpoint's weights, optimizer and gradient scaler -> its step. ValueError where the sizes do not fit.
 
     Where the clip size differs, the position tables and their moments are interpolated, as in the paper's second stage.
     """
@@ -385,6 +388,7 @@ def restore(path, model, optimizer):
     except RuntimeError as error:
         raise ValueError(f"{path} does not fit this model: {str(error).splitlines()[1].strip()}") from error
     optimizer.load_state_dict(state)
+    training.restore_scaler(scaler, checkpoint)
     return checkpoint["step"]
 
 
@@ -415,14 +419,16 @@ def train(config, model, store, blocks, device, monitor_folder):
     micro = config.batch // config.accumulate  # videos a micro-batch, over all processes
     optimizer = training.make_optimizer(model, config.lr, config.weight_decay, (0.9, 0.98))
     steps = config.steps or max(1, int(config.epochs * len(store)) // config.batch)
+    scaler = torch.amp.GradScaler(device.type, enabled=precision == torch.float16)
     first = 0
     with training.refusals():
-        if config.resume and (out / "last.pt").is_file():
-            first = restore(out / "last.pt", model, optimizer)
-            training.say(f"resumed {out / 'last.pt'} at step {first} of {steps}")
+        if last := training.last_checkpoint(out, config.resume):
+            first = restore(last, model, optimizer, scaler)
+            training.say(f"resumed {last} at step {first} of {steps}")
         elif config.init:
-            restore(config.init, model, optimizer)
+            restore(config.init, model, optimizer, scaler)
             training.say(f"starting from {config.init}")
+        training.check_same(first, out)
     log = training.RunLog(out, config, resume_from=first)
     dataset = data.ClipPairs(store, config.frames, (config.min_stride, config.max_stride), config.d_max, config.seed)
     batches = data.Batches(len(store), micro, steps * config.accumulate, first * config.accumulate, config.seed, rank,
@@ -430,12 +436,15 @@ def train(config, model, store, blocks, device, monitor_folder):
     loader = iter(DataLoader(dataset, batch_sampler=batches, num_workers=config.workers))
     if not config.alpha:
         model.projection_head.requires_grad_(False)
+    if config.compile:
+        model.backbone.compile_layers()
     wrapped = DistributedDataParallel(model) if world > 1 else model
-    scaler = torch.amp.GradScaler(device.type, enabled=precision == torch.float16)
 
     def knn(step):
         if monitor_folder and rank == 0:
-            log.write(step=step, **monitor(model.backbone, monitor_folder, config, device))
+            with torch.compiler.set_stance("force_eager"):  # not worth a compilation for each of its shapes
+                accuracies = monitor(model.backbone, monitor_folder, config, device)
+            log.write(step=step, **accuracies)
 
     if first == 0:
         knn(0)
@@ -467,7 +476,7 @@ def train(config, model, store, blocks, device, monitor_folder):
             knn(done)
         if (done % config.save_every == 0 or done == steps) and rank == 0:
             training.save(out / "last.pt", {"model": model.state_dict(), "optimizer": optimizer.state_dict(),
-                                            "step": done, "config": asdict(config),
+                                            "scaler": scaler.state_dict(), "step": done, "config": asdict(config),
                                             "transformer": asdict(model.backbone.config)})
     log.close()
     return metrics
@@ -509,7 +518,8 @@ def finish(config, model, store, blocks, device, tokenizer_path, metrics):
         "kNN accuracy": {name.removeprefix("knn_"): name for name in names}})
     if tokenizer_path:
         tokenizer = vqvae.load_tokenizer(tokenizer_path).to(device)
-        save_fill_in(fill_in(model, tokenizer, store, config, blocks, device), out)
+        with torch.compiler.set_stance("force_eager"):
+            save_fill_in(fill_in(model, tokenizer, store, config, blocks, device), out)
     if metrics:
         print(f"mask accuracy {100 * metrics['mask_accuracy']:.1f}%  contrastive loss {metrics['contrastive_loss']:.3f}")
     for name in names:

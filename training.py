@@ -118,6 +118,9 @@ def pick_device(name):
         torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)))
         torch.backends.cuda.matmul.allow_tf32 = True
     if world > 1 and not dist.is_initialized():
+        if restarted() and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":
+            say("restarted: should the processes not find each other, start torchrun with "
+                "TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1, or it remembers the addresses of those that ended")
         dist.init_process_group("nccl" if name == "cuda" else "gloo", timeout=timedelta(hours=2))
     return torch.device(name)
 
@@ -198,6 +201,41 @@ def save(path, content):
         file.flush()
         os.fsync(file.fileno())
     os.replace(part, path)
+
+
+def restarted():
+    """Whether torchrun started this process again, after one of its group had ended."""
+    return int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)) > 0
+
+
+def last_checkpoint(out, resume):
+    """The out/last.pt that a run goes on from, because it is asked to or restarted by torchrun, or None.
+
+    A run that starts anew first renames an earlier one's last.pt to last.old.pt, so that no restart goes on from it.
+    """
+    path = Path(out) / "last.pt"
+    if resume or restarted():
+        return path if path.is_file() else None
+    if rank_and_world()[0] == 0 and path.is_file():
+        os.replace(path, path.with_name("last.old.pt"))
+        say(f"{path} of an earlier run is now {path.with_name('last.old.pt').name}")
+    return None
+
+
+def check_same(step, out):
+    """Raises ValueError, on every process, unless all processes are to start from the same step."""
+    if dist.is_initialized():
+        steps = [None] * dist.get_world_size()
+        dist.all_gather_object(steps, step)
+        if len(set(steps)) > 1:
+            raise ValueError(f"processes would start from different steps, {sorted(set(steps))}: --out {out} must be "
+                             f"storage that all machines share")
+
+
+def restore_scaler(scaler, checkpoint):
+    """The gradient scaler's state, where this run and the one before it both trained in fp16."""
+    if scaler.is_enabled() and checkpoint.get("scaler"):
+        scaler.load_state_dict(checkpoint["scaler"])
 
 
 # ---------------------------------------------------------------- logging

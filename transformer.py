@@ -17,6 +17,7 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 SPECIAL = 5  # rows of the embedding after the codes
+MOST_SEQUENCES = 65_535  # of one attention kernel: the largest size of a CUDA grid beyond its first dimension
 PAD = 1  # the id of padding, counted from vocab_size: 8193 with the paper's 8192 codes
 LAYOUTS = ("T,H|W", "T|H|W", "T,H,W", "H|W,T", "T,HxW", "TxHxW")  # blocks at the commas, patterns at the bars
 LN_EPS = 1e-12
@@ -64,6 +65,16 @@ def dropout(x, p, training):
     return (x * keep).mul_(2**16 / (2**16 - dropped))
 
 
+def fused_attention(q, k, v, p):
+    """softmax(q k^T / sqrt(a)) v in one kernel: q, k, v (B, S, heads, L, a) -> the same; S any number of dimensions.
+
+    p: dropout of the probabilities. Some CUDA kernels cannot be launched on more sequences than MOST_SEQUENCES.
+    """
+    parts = zip(*(x.flatten(0, -4).split(MOST_SEQUENCES) for x in (q, k, v)))  # (<= 65535, heads, L, a) each
+    out = [F.scaled_dot_product_attention(*part, dropout_p=p) for part in parts]
+    return (out[0] if len(out) == 1 else torch.cat(out)).unflatten(0, q.shape[:-3])
+
+
 class AttentionBlock(nn.Module):
     """Eq. 10, 11 and 15: attention along each pattern of a block, W_out, residual, LayerNorm."""
 
@@ -106,12 +117,14 @@ class AttentionBlock(nn.Module):
         cls = qkv[:, 0].transpose(0, 1).unflatten(1, (-1,) + (1,) * len(others)).unsqueeze(-2)  # (3, B, 1, heads, 1, a)
         cls = cls.expand(*tokens.shape[:-2], 1, -1)  # computed once, not for every sequence
         q, k, v = torch.cat([cls, tokens], dim=-2).unbind(0)  # (B, S, heads, 1 + L, a) each
-        scores = (q @ k.transpose(-1, -2)).div_(math.sqrt(q.shape[-1]))  # (B, S, heads, 1 + L, 1 + L)
-        if pad is not None:
-            ignore = pad.permute(0, *others, *axes).flatten(1 + len(others))[..., None, None, :]  # (B, S, 1, 1, L)
-            scores = scores.masked_fill(F.pad(ignore, (1, 0)), float("-inf"))  # CLS is never PAD
-        p = dropout(scores.softmax(dim=-1), self.dropout, self.training)
-        out = p @ v  # (B, S, heads, 1 + L, a)
+        if q.device.type == "cuda" and pad is None:
+            out = fused_attention(q, k, v, self.dropout * self.training)
+        else:  # on CPUs two products of many small matrices are faster than the fused kernel
+            scores = (q @ k.transpose(-1, -2)).div_(math.sqrt(q.shape[-1]))  # (B, S, heads, 1 + L, 1 + L)
+            if pad is not None:
+                ignore = pad.permute(0, *others, *axes).flatten(1 + len(others))[..., None, None, :]  # (B, S, 1, 1, L)
+                scores = scores.masked_fill(F.pad(ignore, (1, 0)), float("-inf"))  # CLS is never PAD
+            out = dropout(scores.softmax(dim=-1), self.dropout, self.training) @ v  # (B, S, heads, 1 + L, a)
         cls = out[..., 0, :].reshape(len(out), -1, self.heads, out.shape[-1]).mean(dim=1)  # (B, heads, a): Eq. 15
         back = [[0, *others, 4, *axes, 5].index(axis) for axis in range(6)]
         tokens = out[..., 1:, :].unflatten(-2, lengths).permute(back)  # (B, T, H, W, heads, a)
@@ -198,6 +211,11 @@ class VideoTransformer(nn.Module):
         if self.config.pre_norm:
             x = self.norm(x)
         return x[:, 0], x[:, 1:].unflatten(1, shape)
+
+    def compile_layers(self):
+        """torch.compile on each layer: they are alike and share one compilation. Only training runs compiled."""
+        for layer in self.layers:
+            layer.compile(dynamic=False)
 
     @torch.no_grad()
     def resize(self, frames, height, width):

@@ -1,6 +1,11 @@
 import json
+import os
+import re
+import signal
 import subprocess
 import sys
+import time
+from pathlib import Path
 
 import imageio.v2 as imageio
 import pytest
@@ -12,6 +17,7 @@ import training
 from conftest import ROOT, TINY, flags, run
 from pretrain import PRESETS, Config, Vimpac
 from transformer import load_backbone
+
 
 def tiny(**changes):
     return Config(**{**PRESETS["toy"], **TINY, "steps": 6, **changes})
@@ -77,8 +83,8 @@ def test_the_second_stage_starts_from_the_first_at_another_size(workplace, tmp_p
     checkpoint = torch.load(workplace / "runs/toy/last.pt", weights_only=True)
     config = tiny()
     model = Vimpac(config.transformer(256, 16, 16), 16, 2)
-    optimizer = training.make_optimizer(model, 1e-3, 0.05, (0.9, 0.98))
-    assert pretrain.restore(workplace / "runs/toy/last.pt", model, optimizer) == 5
+    optimizer, scaler = training.make_optimizer(model, 1e-3, 0.05, (0.9, 0.98)), torch.amp.GradScaler(enabled=False)
+    assert pretrain.restore(workplace / "runs/toy/last.pt", model, optimizer, scaler) == 5
     said = capsys.readouterr().out
     assert "row positions" in said and "from 8 to 16" in said and "time" not in said
     backbone, weights = model.backbone, checkpoint["model"]
@@ -91,7 +97,7 @@ def test_the_second_stage_starts_from_the_first_at_another_size(workplace, tmp_p
             assert optimizer.state[p][moment].abs().max() > 0, name
     other = Vimpac(tiny(dim=24).transformer(256, 8, 8), 16, 2)
     with pytest.raises(ValueError, match="does not fit"):
-        pretrain.restore(workplace / "runs/toy/last.pt", other, optimizer)
+        pretrain.restore(workplace / "runs/toy/last.pt", other, optimizer, scaler)
 
 
 def test_both_losses_fall():
@@ -163,6 +169,30 @@ def test_two_processes_give_what_one_gives(workplace, accumulate):
     assert apart < 0.05 * moved
 
 
+@pytest.mark.skipif(not Path("/proc").is_dir(), reason="finds the processes to kill in /proc")
+def test_a_killed_process_is_restarted_and_training_goes_on(workplace):
+    """torchrun starts the group again, without --resume: from this run's checkpoint, not from an earlier run's."""
+    out = workplace / "runs/killed"
+    out.mkdir()
+    (out / "last.pt").write_bytes(b"of an earlier run")
+    settings = flags(TINY) + ["--steps", 100, "--log-every", 1, "--knn-every", 100]
+    group = subprocess.Popen([sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2",
+                              "--max-restarts", "1", str(ROOT / "pretrain.py"), *map(str, settings), "--out", str(out)],
+                             cwd=workplace, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+                             env={**os.environ, "TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1"})
+    while group.poll() is None and len(training.read_metrics(out)) < 8:  # the first checkpoint is that of step 3
+        time.sleep(0.05)
+    workers = Path(f"/proc/{group.pid}/task/{group.pid}/children").read_text().split()
+    assert len(workers) == 2
+    os.kill(int(workers[1]), signal.SIGKILL)
+    said = group.communicate()[0]
+    assert group.returncode == 0, said
+    assert (out / "last.old.pt").read_bytes() == b"of an earlier run"
+    resumed = int(re.search(r"resumed \S+ at step (\d+) of 100", said)[1])
+    assert 3 <= resumed < 100 and resumed % 3 == 0
+    assert [m["step"] for m in training.read_metrics(out) if "loss" in m] == list(range(1, 101))
+
+
 def test_knn_weighs_the_nearest_most():
     features = torch.eye(4)
     labels = torch.tensor([0, 1, 1, 1])
@@ -202,7 +232,7 @@ def test_tokens_of_another_rate_are_not_taken_for_those_asked_for(workplace):
 @pytest.mark.parametrize("argv, said", [
     (["--heads", "3"], "3 heads"), (["--layout", "W,H"], "T,H|W"), (["--videos", "nowhere"], "nowhere"),
     (["--data", "nowhere"], "nowhere"), (["--mask-ratio", "15"], "between 0 and 1"), (["--gpus", "99"], "99"),
-    (["--frame-size", "60"], "multiple of 8"), (["--noise", "--mask", "iid"], "--noise")])
+    (["--init", "last.pt", "--out", "."], "folder of its own"), (["--frame-size", "60"], "multiple of 8"), (["--noise", "--mask", "iid"], "--noise")])
 def test_wrong_values_end_with_one_line(tmp_path, argv, said):
     done = run(tmp_path, *argv)
     assert done.returncode == 2 and said in done.stderr and len(done.stderr.strip().splitlines()) == 1

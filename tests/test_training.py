@@ -3,6 +3,7 @@ from dataclasses import dataclass
 
 import pytest
 import torch
+import torch.distributed as dist
 from torch import nn
 
 import training
@@ -74,6 +75,38 @@ def test_a_checkpoint_is_written_whole_or_not_at_all(tmp_path):
     with pytest.raises(OSError):
         training.save(tmp_path / "last.pt", {"step": Unwritable()})
     assert torch.load(tmp_path / "last.pt") == {"step": 1}
+
+
+def test_only_a_resumed_or_restarted_run_goes_on_from_a_checkpoint(tmp_path, monkeypatch):
+    assert training.last_checkpoint(tmp_path, resume=True) is None
+    (tmp_path / "last.pt").write_text("earlier")
+    assert training.last_checkpoint(tmp_path, resume=True) == tmp_path / "last.pt"
+    assert training.last_checkpoint(tmp_path, resume=False) is None
+    assert (tmp_path / "last.old.pt").read_text() == "earlier" and not (tmp_path / "last.pt").exists()
+    monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "1")
+    assert training.last_checkpoint(tmp_path, resume=False) is None
+    (tmp_path / "last.pt").write_text("before the restart")
+    assert training.last_checkpoint(tmp_path, resume=False) == tmp_path / "last.pt"
+
+
+def start_from(rank, place):
+    dist.init_process_group("gloo", init_method=f"file://{place}/meet", rank=rank, world_size=2)
+    training.check_same(3, "runs/a")
+    with pytest.raises(ValueError, match="--out runs/a"):
+        training.check_same(3 * rank, "runs/a")
+    dist.destroy_process_group()
+
+
+def test_processes_that_see_different_checkpoints_stop(tmp_path):
+    torch.multiprocessing.spawn(start_from, (tmp_path,), nprocs=2)
+
+
+def test_a_gradient_scaler_keeps_its_scale_over_a_checkpoint():
+    before, after = (torch.amp.GradScaler("cpu", init_scale=scale) for scale in (128.0, 2.0))
+    training.restore_scaler(after, {"scaler": before.state_dict()})
+    assert after.state_dict()["scale"] == 128
+    training.restore_scaler(after, {"scaler": {}})  # a run in another precision
+    training.restore_scaler(torch.amp.GradScaler("cpu", enabled=False), {"scaler": before.state_dict()})
 
 
 def test_metrics_after_the_checkpoint_are_dropped_on_resume(tmp_path):

@@ -1,6 +1,10 @@
+import os
+import shutil
+
 import pytest
 import torch
 
+import transformer
 from transformer import (LAYOUTS, TokenHead, TransformerConfig, VideoTransformer, load_backbone, resize_table)
 
 T, H, W, V = 3, 4, 5, 20
@@ -106,6 +110,45 @@ def test_dropout_is_off_in_evaluation():
     assert not torch.allclose(model(tokens)[0], model(tokens)[0])
     model.eval()
     assert torch.allclose(model(tokens)[0], model(tokens)[0])
+
+
+def test_dropout_drops_its_share_and_keeps_the_mean():
+    """p of the elements become 0, the others grow by 1 / (1 - p), independently of their neighbours; so in backward."""
+    torch.manual_seed(0)
+    x = torch.ones(1001, 1001, requires_grad=True)  # no multiple of the four elements that share a draw
+    for p in (0.1, 0.5):
+        y = transformer.dropout(x, p, True)
+        kept = y > 0
+        assert y[kept].unique().tolist() == pytest.approx([1 / (1 - p)], rel=1e-4)
+        assert kept.float().mean() == pytest.approx(1 - p, abs=2e-3)
+        for both in (kept[1:] & kept[:-1], kept[:, 1:] & kept[:, :-1], kept[:, 4:] & kept[:, :-4]):
+            assert both.float().mean() == pytest.approx((1 - p) ** 2, abs=3e-3)
+        assert torch.equal(torch.autograd.grad(y.sum(), x)[0], y)
+    assert torch.equal(transformer.dropout(x, 0.5, False), x)
+
+
+@pytest.mark.parametrize("limit", [65_535, 7])
+def test_fused_attention_gives_the_same_in_one_launch_or_several(limit, monkeypatch):
+    monkeypatch.setattr(transformer, "MOST_SEQUENCES", limit)
+    q, k, v = torch.randn(3, 2, 4, 5, 3, 6, 8, dtype=torch.float64, requires_grad=True)  # 2 x 4 x 5 sequences of 6
+    plain = (q @ k.transpose(-1, -2) / 8 ** 0.5).softmax(dim=-1) @ v
+    fused = transformer.fused_attention(q, k, v, 0.0)
+    weights = torch.randn_like(plain)
+    assert torch.allclose(fused, plain)
+    for a, b in zip(*(torch.autograd.grad((out * weights).sum(), (q, k, v)) for out in (plain, fused))):
+        assert torch.allclose(a, b)
+
+
+def test_compiled_layers_give_the_same():
+    """Where a compiler is at hand; outside training the layers run as they are."""
+    if not shutil.which(os.environ.get("CXX", "g++")):
+        pytest.skip("torch.compile needs a C++ compiler")
+    model, tokens = build(layers=2), clips()
+    keys, (cls, features) = list(model.state_dict()), model(tokens)
+    model.compile_layers()
+    assert list(model.state_dict()) == keys
+    for ours, theirs in zip((cls, features), model(tokens)):
+        assert torch.allclose(ours, theirs)
 
 
 def test_token_head_is_tied_to_the_embedding():
