@@ -17,6 +17,7 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 SPECIAL = 5  # rows of the embedding after the codes
+FUSED = ("cuda",)  # devices on which one attention kernel is faster than two products of many small matrices
 MOST_SEQUENCES = 65_535  # of one attention kernel: the largest size of a CUDA grid beyond its first dimension
 PAD = 1  # the id of padding, counted from vocab_size: 8193 with the paper's 8192 codes
 LAYOUTS = ("T,H|W", "T|H|W", "T,H,W", "H|W,T", "T,HxW", "TxHxW")  # blocks at the commas, patterns at the bars
@@ -117,9 +118,9 @@ class AttentionBlock(nn.Module):
         cls = qkv[:, 0].transpose(0, 1).unflatten(1, (-1,) + (1,) * len(others)).unsqueeze(-2)  # (3, B, 1, heads, 1, a)
         cls = cls.expand(*tokens.shape[:-2], 1, -1)  # computed once, not for every sequence
         q, k, v = torch.cat([cls, tokens], dim=-2).unbind(0)  # (B, S, heads, 1 + L, a) each
-        if q.device.type == "cuda" and pad is None:
+        if q.device.type in FUSED and pad is None:
             out = fused_attention(q, k, v, self.dropout * self.training)
-        else:  # on CPUs two products of many small matrices are faster than the fused kernel
+        else:
             scores = (q @ k.transpose(-1, -2)).div_(math.sqrt(q.shape[-1]))  # (B, S, heads, 1 + L, 1 + L)
             if pad is not None:
                 ignore = pad.permute(0, *others, *axes).flatten(1 + len(others))[..., None, None, :]  # (B, S, 1, 1, L)

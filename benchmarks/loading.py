@@ -108,8 +108,8 @@ def main():
                 subprocess.run([sys.executable, __file__, "measure", "--store", f"{folder}/{count}"], check=True)
     elif args.command == "measure":  # in a process of its own, so that memory is what opening and drawing take
         opened, memory, rate = measure_store(args.store)
-        print(f"{args.store}: opened in {1000 * opened:.1f} ms, the process then holds {memory:.0f} MB (torch included); "
-              f"{rate:.0f} clips/s from one process")
+        print(f"{args.store}: opened in {1000 * opened:.1f} ms, the process then holds {memory:.0f} MB "
+              f"(torch included); {rate:.0f} clips/s from one process")
     else:
         measure_tokenizing(args.videos, args.tokenizer, args.frame_size, args.fps, args.repeat)
 

@@ -7,6 +7,11 @@
 Every row is a process of its own, so that its peak memory is its own. Prints a table, then the same as JSON lines.
 Then: how many clips/s the loader delivers from a store of 100,000 videos, how many frames/s the tokenizers encode.
 
+Models: "plain" is per-sequence attention, logits everywhere, float32, nothing fused; "ours" is what pretrain.py runs;
+"- idea" is ours with one idea taken back: token logits only where masked (logits), one query, key and value of CLS for
+all sequences of a block (CLS once), GELU computed again in the backward pass (GELU), dropout of 16 random bits a number
+on CPUs (dropout), fused AdamW (AdamW), the attention kernel of the device (kernel: the other one instead).
+
 A row: videos/s and ms a step (the median step), peak memory (of the GPU, or of the whole process), and model FLOP
 utilisation: the FLOP that `flop` counts, per second, over those of a large matrix product in the same process.
 """
@@ -36,8 +41,8 @@ import loading  # noqa: E402
 import masking  # noqa: E402
 import pretrain  # noqa: E402
 import training  # noqa: E402
+import transformer  # noqa: E402
 import vqvae  # noqa: E402
-from transformer import AttentionBlock, Layer  # noqa: E402
 
 # ---------------------------------------------------------------- what a step computes
 
@@ -64,7 +69,7 @@ def flop(config, masked):
 # ---------------------------------------------------------------- the plain version
 
 
-class PlainBlock(AttentionBlock):
+class PlainBlock(transformer.AttentionBlock):
     """The same block as the equations state it: every sequence is laid out with CLS in front, then projected."""
 
     def forward(self, x, pad, shape):
@@ -83,21 +88,22 @@ class PlainBlock(AttentionBlock):
             q, k, v = (F.linear(sequences, w, b).unflatten(-1, (self.heads, -1)).transpose(1, 2)
                        for w, b in zip(weight.chunk(3), bias.chunk(3)))  # (B*S, heads, 1 + L, a) each
             p = (q @ k.transpose(-1, -2) / math.sqrt(q.shape[-1])).softmax(dim=-1)
-            out = (F.dropout(p, self.dropout, self.training) @ v).transpose(1, 2).flatten(2)  # (B*S, 1 + L, A/P)
+            p = transformer.dropout(p, self.dropout, self.training)
+            out = (p @ v).transpose(1, 2).flatten(2)  # (B*S, 1 + L, A/P)
             first = out[:, 0].unflatten(0, (len(y), -1)).mean(dim=1, keepdim=True)  # (B, 1, A/P)
             back = [order.index(axis) for axis in range(4)]
             rest = out[:, 1:].reshape(*grid.shape[:4], -1).permute(*back, 4)  # (B, T, H, W, A/P)
             parts.append(torch.cat([first, rest.flatten(1, 3)], dim=1))
-        x = x + F.dropout(self.out(torch.cat(parts, dim=-1)), self.dropout, self.training)
+        x = x + transformer.dropout(self.out(torch.cat(parts, dim=-1)), self.dropout, self.training)
         return x if self.pre_norm else self.norm(x)
 
 
-class PlainLayer(Layer):
+class PlainLayer(transformer.Layer):
     def forward(self, x, pad, shape):
         for block in self.blocks:
             x = block(x, pad, shape)
         y = self.contract(F.gelu(self.expand(self.norm(x) if self.pre_norm else x)))
-        x = x + F.dropout(y, self.dropout, self.training)
+        x = x + transformer.dropout(y, self.dropout, self.training)
         return x if self.pre_norm else self.norm(x)
 
 
@@ -109,15 +115,27 @@ class PlainVimpac(pretrain.Vimpac):
         return self.token_head(features, self.backbone.embedding.weight)[mask], self.projection_head(cls)
 
 
-def make_plain(model):
-    """Turns a model into the plain version of itself, with the same weights; it takes no PAD tokens."""
-    model.__class__ = PlainVimpac
-    for layer in model.backbone.layers:
-        layer.__class__ = PlainLayer
-        for block in layer.blocks:
+def change(model, idea):
+    """Takes one idea of this project back, or adds torch.compile. The weights stay; without "CLS once" no clip may hold
+    PAD tokens."""
+    layers = model.backbone.layers
+    if idea == "logits":
+        model.__class__ = PlainVimpac
+    elif idea == "CLS once":
+        for block in (block for layer in layers for block in layer.blocks):
             block.__class__ = PlainBlock
-    return model
+    elif idea == "GELU":
+        for layer in layers:
+            layer.__class__ = PlainLayer
+    elif idea == "dropout":
+        transformer.dropout = F.dropout
+    elif idea == "kernel":
+        transformer.FUSED = ("cpu",) if next(model.parameters()).device.type == "cpu" else ()
+    elif idea == "compile":
+        model.backbone.compile_layers()
 
+
+PLAIN = ["logits", "CLS once", "GELU", "dropout", "AdamW"]  # taken back together: the plain version
 
 # ---------------------------------------------------------------- measuring
 
@@ -157,11 +175,11 @@ def measure(row, steps):
     rank, world = training.rank_and_world()
     training.seed_all(0)
     model = pretrain.Vimpac(shape, config.projection_hidden, config.projection_layers).to(device)
-    if row["model"] == "plain":
-        make_plain(model)
-    elif row["model"] == "compiled":
-        model.backbone.compile_layers()
+    for idea in row["changes"]:
+        change(model, idea)
     optimizer = training.make_optimizer(model, 1e-4, config.weight_decay, (0.9, 0.98))
+    if "AdamW" in row["changes"]:
+        optimizer = torch.optim.AdamW(optimizer.param_groups)  # not fused
     wrapped = DistributedDataParallel(model) if world > 1 else model
     scaler = torch.amp.GradScaler(device.type, enabled=precision == torch.float16)
     blocks = masking.blocks_for(shape.frames, shape.height, shape.width)
@@ -171,15 +189,16 @@ def measure(row, steps):
         training.seed_all(0, step, rank)
         wait(device)
         start = time.perf_counter()
-        measures = pretrain.update(wrapped, config, [clips], shape.vocab_size, blocks, optimizer, scaler, precision, step)
+        measures = pretrain.update(wrapped, config, [clips], shape.vocab_size, blocks, optimizer, scaler, precision,
+                                   step)
         wait(device)
         seconds.append(time.perf_counter() - start)
         mask_losses.append(measures[0].item())
     memory = peak_memory(device)  # before the matrix product, which takes some as well
     del model, wrapped, optimizer
     second = statistics.median(seconds[2:])
-    masked = masking.expected_ratio(shape.frames, shape.height, shape.width, blocks) * frames * shape.height * shape.width
-    needed = 2 * row["videos"] * flop(shape, masked) / world
+    grid = shape.frames, shape.height, shape.width
+    needed = 2 * row["videos"] / world * flop(shape, masking.expected_ratio(*grid, blocks) * math.prod(grid))
     rate = matrix_rate(device, precision)
     return {**row, "ms": 1000 * second, "videos_per_second": row["videos"] / second, "peak_gb": memory,
             "mfu": needed / second / rate, "step_tflop": needed / 1e12, "matrix_tflops": rate / 1e12,
@@ -248,16 +267,18 @@ def in_own_process(job, gpus=1):
     return json.loads(done.stdout.splitlines()[-1])
 
 
-HEAD = ("model     preset  layout   clip    precision  videos   ms/step  videos/s  peak GB    MFU   "
+HEAD = ("model       preset  layout   clip    precision  videos   ms/step  videos/s  peak GB    MFU   "
         "speed and memory, to plain")
 
 
 def line(row, plain=None):
     """A row of the table. plain: the row of the plain version on the same work."""
-    start = f"{row['model']:8s}  {row['preset']:6s}  {row['layout']:7s}  {row['clip']:6s}  {row['precision']:9s}  {row['videos']:6d}"
+    start = (f"{row['model']:10s}  {row['preset']:6s}  {row['layout']:7s}  {row['clip']:6s}  {row['precision']:9s}  "
+             f"{row['videos']:6d}")
     if "error" in row:
         return f"{start}  {row['error'][:100]}"
-    text = f"{start}  {row['ms']:8.1f}  {row['videos_per_second']:8.3g}  {row['peak_gb']:7.2f}  {100 * row['mfu']:4.0f}%"
+    text = (f"{start}  {row['ms']:8.1f}  {row['videos_per_second']:8.3g}  {row['peak_gb']:7.2f}  "
+            f"{100 * row['mfu']:4.0f}%")
     if plain and "error" not in plain:
         text += (f"   {row['videos_per_second'] / plain['videos_per_second']:.2f}x"
                  f"  {100 * row['peak_gb'] / plain['peak_gb']:.0f}%")
@@ -275,6 +296,7 @@ def main():
     parser.add_argument("--gpus", type=int, default=1, help="processes that share each step")
     parser.add_argument("--steps", type=int, default=5, help="steps of which the median counts")
     parser.add_argument("--compile", action="store_true", help="also measure every row with torch.compile")
+    parser.add_argument("--each", action="store_true", help="also measure ours with each of its ideas taken back")
     parser.add_argument("--reference", action="store_true", help="also measure the plain version, in float32")
     parser.add_argument("--no-loading", action="store_true", help="leave out the loader and the tokenizers")
     parser.add_argument("--job", help=argparse.SUPPRESS)
@@ -291,14 +313,16 @@ def main():
     device, rows = training.pick_device(args.device), []
     print(f"{torch.cuda.get_device_name() if device.type == 'cuda' else f'CPU, {torch.get_num_threads()} threads'}, "
           f"torch {torch.__version__}\n\n{HEAD}")
-    kinds = [("plain", "fp32")] * args.reference + [("ours", p) for p in args.precisions]
-    kinds += [("compiled", p) for p in args.precisions] * args.compile
+    kinds = [("plain", PLAIN, "fp32")] * args.reference
+    for precision in args.precisions:
+        kinds += [("ours", [], precision)] + [("compiled", ["compile"], precision)] * args.compile
+        kinds += [(f"- {idea}", [idea], precision) for idea in [*PLAIN, "kernel"]] * args.each
     videos = args.videos * (len(args.presets) if len(args.videos) == 1 else 1)
     for (preset, count), clip, layout in itertools.product(zip(args.presets, videos), args.clips, args.layouts):
         plain = None
-        for model, precision in kinds:
-            row = {"model": model, "preset": preset, "layout": layout, "clip": clip, "precision": precision,
-                   "videos": count, "vocab_size": 8192, "device": device.type}
+        for model, changes, precision in kinds:
+            row = {"model": model, "changes": changes, "preset": preset, "layout": layout, "clip": clip,
+                   "precision": precision, "videos": count, "vocab_size": 8192, "device": device.type}
             row |= in_own_process(["row", [row, args.steps]], args.gpus)
             plain = row if model == "plain" else plain
             rows.append(row)

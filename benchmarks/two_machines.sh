@@ -9,9 +9,9 @@ cd "$(dirname "$0")/.."
 out=runs/two-machines
 rm -rf "$out"
 
+trap 'kill $(jobs -p) 2>/dev/null || true; ip netns del machine1; ip netns del machine2' EXIT
 for n in 1 2; do
     ip netns add "machine$n"
-    trap 'kill $(jobs -p) 2>/dev/null; ip netns del machine1; ip netns del machine2 2>/dev/null' EXIT
 done
 ip link add eth0 netns machine1 type veth peer name eth0 netns machine2
 for n in 1 2; do
@@ -20,10 +20,12 @@ for n in 1 2; do
     ip -n "machine$n" link set eth0 up
 done
 
-start() {  # what is typed on each machine, but for the names of its network
+# A namespace has no name of its own: so its address is told, and who holds the meeting. On machines, neither is needed.
+start() {
     GLOO_SOCKET_IFNAME=eth0 OMP_NUM_THREADS=1 TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 \
     ip netns exec "machine$1" python -m torch.distributed.run --nnodes 2 --nproc-per-node 1 --max-restarts 3 \
-        --rdzv-backend c10d --rdzv-endpoint 10.77.0.1:29400 --rdzv-id toy --local-addr "10.77.0.$1" \
+        --rdzv-backend c10d --rdzv-endpoint 10.77.0.1:29400 --rdzv-id toy \
+        --local-addr "10.77.0.$1" --rdzv-conf "is_host=$((2 - $1))" \
         pretrain.py --out "$out" --steps 200 --save-every 20 --log-every 10 --knn-every 100 "${@:2}"
 }
 start 1 "$@" & first=$!

@@ -232,7 +232,8 @@ def test_tokens_of_another_rate_are_not_taken_for_those_asked_for(workplace):
 @pytest.mark.parametrize("argv, said", [
     (["--heads", "3"], "3 heads"), (["--layout", "W,H"], "T,H|W"), (["--videos", "nowhere"], "nowhere"),
     (["--data", "nowhere"], "nowhere"), (["--mask-ratio", "15"], "between 0 and 1"), (["--gpus", "99"], "99"),
-    (["--init", "last.pt", "--out", "."], "folder of its own"), (["--frame-size", "60"], "multiple of 8"), (["--noise", "--mask", "iid"], "--noise")])
+    (["--init", "last.pt", "--out", "."], "folder of its own"), (["--frame-size", "60"], "multiple of 8"),
+    (["--noise", "--mask", "iid"], "--noise")])
 def test_wrong_values_end_with_one_line(tmp_path, argv, said):
     done = run(tmp_path, *argv)
     assert done.returncode == 2 and said in done.stderr and len(done.stderr.strip().splitlines()) == 1
