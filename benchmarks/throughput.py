@@ -4,13 +4,15 @@
     python benchmarks/throughput.py --presets small base large --videos 256 128 64 --precisions bf16 --compile
     python benchmarks/throughput.py --presets large --videos 512 --gpus 8
 
-Every row is a process of its own, so that its peak memory is its own. Prints a table, then the same as JSON lines.
+Every row is a process of its own, so that its peak memory is its own. Prints a table, then the same as JSON lines. On a
+machine that others share, --rounds 3 measures the rows in turn three times: the medians and the range of ratios show.
 Then: how many clips/s the loader delivers from a store of 100,000 videos, how many frames/s the tokenizers encode.
 
 Models: "plain" is per-sequence attention, logits everywhere, float32, nothing fused; "ours" is what pretrain.py runs;
 "- idea" is ours with one idea taken back: token logits only where masked (logits), one query, key and value of CLS for
 all sequences of a block (CLS once), GELU computed again in the backward pass (GELU), dropout of 16 random bits a number
-on CPUs (dropout), fused AdamW (AdamW), the attention kernel of the device (kernel: the other one instead).
+on CPUs (dropout), fused AdamW (AdamW), GLIBC_TUNABLES as in the README (malloc), the attention kernel of the device
+(kernel: the other one instead).
 
 A row: videos/s and ms a step (the median step), peak memory (of the GPU, or of the whole process), and model FLOP
 utilisation: the FLOP that `flop` counts, per second, over those of a large matrix product in the same process.
@@ -135,7 +137,7 @@ def change(model, idea):
         model.backbone.compile_layers()
 
 
-PLAIN = ["logits", "CLS once", "GELU", "dropout", "AdamW"]  # taken back together: the plain version
+PLAIN = ["logits", "CLS once", "GELU", "dropout", "AdamW", "malloc"]  # taken back together: the plain version
 
 # ---------------------------------------------------------------- measuring
 
@@ -209,7 +211,7 @@ def measure_loader(videos):
     """Clips/s of one loading process, drawn from a store of so many videos."""
     with tempfile.TemporaryDirectory() as folder:
         loading.make_store(folder, videos)
-        return {"model": "loader", "videos": videos, "clips_per_second": loading.measure_store(folder)[2]}
+        return {"model": "loader", "videos": videos, "clips_per_second": round(loading.measure_store(folder)[2])}
 
 
 def dalle_encoder():
@@ -247,20 +249,25 @@ def measure_tokenizer(name, device, size, seconds=10):
         tokenizer.encode(frames)
         wait(device)
         done += len(frames)
-    return {"model": name, "size": size, "frames_per_second": done / (time.perf_counter() - start)}
+    return {"model": name, "size": size, "frames_per_second": round(done / (time.perf_counter() - start), 1)}
 
 
 # ---------------------------------------------------------------- the table
 
 
-def in_own_process(job, gpus=1):
-    """Runs this file anew for one job -> the dict it prints last, or {"error": its last line}."""
+# In glibc before 2.38, splinters between freed tensors keep the next ones from fitting; and large ones go back to the
+# system, which zeroes their pages when they are wanted again.
+MALLOC = {"GLIBC_TUNABLES": ":".join(f"glibc.malloc.{name}" for name in (
+    "tcache_count=0", "mxfast=0", "mmap_max=0", "trim_threshold=100000000000"))}
+
+
+def in_own_process(job, gpus=1, malloc=True):
+    """Runs this file anew for one job, with MALLOC or without -> the dict it prints last, or {"error": its last line}.
+    """
     start = [sys.executable] + (["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(gpus)]
                                 if gpus > 1 else [])
-    # glibc before 2.38 hardly reuses freed tensors unless their splinters are merged at once: a fifth of the memory
-    tunables = {"GLIBC_TUNABLES": "glibc.malloc.tcache_count=0:glibc.malloc.mxfast=0"}
     done = subprocess.run([*start, __file__, "--job", json.dumps(job)], capture_output=True, text=True,
-                          env={**tunables, **os.environ})
+                          env={**(MALLOC if malloc else {}), **os.environ})
     if done.returncode:
         lines = [line for line in done.stderr.splitlines() if "Error" in line] or done.stderr.splitlines()[-1:]
         return {"error": lines[0].strip() if lines else f"ended with {done.returncode}"}
@@ -271,17 +278,21 @@ HEAD = ("model       preset  layout   clip    precision  videos   ms/step  video
         "speed and memory, to plain")
 
 
-def line(row, plain=None):
-    """A row of the table. plain: the row of the plain version on the same work."""
+def line(results, plain=None):
+    """A line of the table: the medians of a row's results. plain: the plain version's on the same work, round by round."""
+    row = results[0]
     start = (f"{row['model']:10s}  {row['preset']:6s}  {row['layout']:7s}  {row['clip']:6s}  {row['precision']:9s}  "
              f"{row['videos']:6d}")
-    if "error" in row:
-        return f"{start}  {row['error'][:100]}"
-    text = (f"{start}  {row['ms']:8.1f}  {row['videos_per_second']:8.3g}  {row['peak_gb']:7.2f}  "
-            f"{100 * row['mfu']:4.0f}%")
-    if plain and "error" not in plain:
-        text += (f"   {row['videos_per_second'] / plain['videos_per_second']:.2f}x"
-                 f"  {100 * row['peak_gb'] / plain['peak_gb']:.0f}%")
+    errors = [result["error"] for result in [*results, *(plain or [])] if "error" in result]
+    if errors:
+        return f"{start}  {errors[0][:100]}"
+    ms, rate, memory, mfu = (statistics.median(result[key] for result in results)
+                             for key in ("ms", "videos_per_second", "peak_gb", "mfu"))
+    text = f"{start}  {ms:8.1f}  {rate:8.3g}  {memory:7.2f}  {100 * mfu:4.0f}%"
+    if plain and row["model"] != "plain":
+        ratios = sorted(theirs["ms"] / ours["ms"] for ours, theirs in zip(results, plain))
+        memory /= statistics.median(result["peak_gb"] for result in plain)
+        text += f"   {statistics.median(ratios):.2f}x ({ratios[0]:.2f}..{ratios[-1]:.2f})  {100 * memory:.0f}%"
     return text
 
 
@@ -295,6 +306,7 @@ def main():
     parser.add_argument("--device", default="auto", choices=["auto", "cuda", "cpu"])
     parser.add_argument("--gpus", type=int, default=1, help="processes that share each step")
     parser.add_argument("--steps", type=int, default=5, help="steps of which the median counts")
+    parser.add_argument("--rounds", type=int, default=1, help="times that every row is measured, one after the other")
     parser.add_argument("--compile", action="store_true", help="also measure every row with torch.compile")
     parser.add_argument("--each", action="store_true", help="also measure ours with each of its ideas taken back")
     parser.add_argument("--reference", action="store_true", help="also measure the plain version, in float32")
@@ -319,22 +331,23 @@ def main():
         kinds += [(f"- {idea}", [idea], precision) for idea in [*PLAIN, "kernel"]] * args.each
     videos = args.videos * (len(args.presets) if len(args.videos) == 1 else 1)
     for (preset, count), clip, layout in itertools.product(zip(args.presets, videos), args.clips, args.layouts):
-        plain = None
-        for model, changes, precision in kinds:
-            row = {"model": model, "changes": changes, "preset": preset, "layout": layout, "clip": clip,
-                   "precision": precision, "videos": count, "vocab_size": 8192, "device": device.type}
-            row |= in_own_process(["row", [row, args.steps]], args.gpus)
-            plain = row if model == "plain" else plain
-            rows.append(row)
-            print(line(row, plain if model != "plain" else None), flush=True)
+        group = [{"model": model, "changes": changes, "preset": preset, "layout": layout, "clip": clip,
+                  "precision": precision, "videos": count, "vocab_size": 8192, "device": device.type}
+                 for model, changes, precision in kinds]
+        rounds = [[row | in_own_process(["row", [row, args.steps]], args.gpus, "malloc" not in row["changes"])
+                   for row in group] for _ in data.progress(range(args.rounds), "measuring", args.rounds, " rounds")]
+        plain = [results[0] for results in rounds] if args.reference else None
+        for results in zip(*rounds):  # of one row
+            print(line(results, plain), flush=True)
+            rows += results
     print()
     if not args.no_loading:
-        loader = in_own_process(["loader", [100_000]])
-        print(f"loader: {loader['clips_per_second']:.0f} clips/s from 100,000 videos, one process")
-        tokenizers = [in_own_process(["tokenizer", [name, device.type, 128]]) for name in ("DALL-E", "VQ-VAE")]
-        for row in tokenizers:
-            print(f"tokenizer {row['model']}: {row['frames_per_second']:.1f} frames/s of 128 x 128 pixels")
-        rows += [loader, *tokenizers]
+        jobs = [("loader, one process, 100,000 videos", "clips_per_second", ["loader", [100_000]])]
+        jobs += [(f"tokenizer {name}, 128 x 128 pixels", "frames_per_second", ["tokenizer", [name, device.type, 128]])
+                 for name in ("DALL-E", "VQ-VAE")]
+        for name, unit, job in jobs:
+            rows.append(in_own_process(job))
+            print(f"{name}: {rows[-1].get(unit, rows[-1].get('error'))} {unit.replace('_per_second', '/s')}", flush=True)
     print()
     for row in rows:
         print(json.dumps(row))
