@@ -215,7 +215,10 @@ def last_checkpoint(out, resume):
     """
     path = Path(out) / "last.pt"
     if resume or restarted():
-        return path if path.is_file() else None
+        if path.is_file():
+            return path
+        say(f"there is no {path} to go on from: starting anew")
+        return None
     if rank_and_world()[0] == 0 and path.is_file():
         os.replace(path, path.with_name("last.old.pt"))
         say(f"{path} of an earlier run is now {path.with_name('last.old.pt').name}")

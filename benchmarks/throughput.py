@@ -292,7 +292,8 @@ def line(results, plain=None):
     if plain and row["model"] != "plain":
         ratios = sorted(theirs["ms"] / ours["ms"] for ours, theirs in zip(results, plain))
         memory /= statistics.median(result["peak_gb"] for result in plain)
-        text += f"   {statistics.median(ratios):.2f}x ({ratios[0]:.2f}..{ratios[-1]:.2f})  {100 * memory:.0f}%"
+        spread = f" ({ratios[0]:.2f}..{ratios[-1]:.2f})" if len(ratios) > 1 else ""
+        text += f"   {statistics.median(ratios):.2f}x{spread}  {100 * memory:.0f}%"
     return text
 
 

@@ -193,6 +193,22 @@ def test_a_killed_process_is_restarted_and_training_goes_on(workplace):
     assert [m["step"] for m in training.read_metrics(out) if "loss" in m] == list(range(1, 101))
 
 
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.parametrize("precision", [torch.bfloat16, torch.float16])
+def test_a_gpu_step_of_512_clips_waits_for_nothing(precision):
+    """131,072 sequences along time, beyond one launch of some kernels; fp16's scaler alone may wait for the GPU."""
+    device, config = torch.device("cuda"), Config(preset="small", layers=1)
+    model = Vimpac(config.transformer(8192, 16, 16), 2048, 2).to(device)
+    optimizer = training.make_optimizer(model, 1e-3, 0.05, (0.9, 0.98))
+    scaler = torch.amp.GradScaler("cuda", enabled=precision == torch.float16)
+    clips = torch.randint(8192, (256, 2, 5, 16, 16))
+    for step in range(3):
+        torch.cuda.set_sync_debug_mode("error" if step > 0 and not scaler.is_enabled() else "default")
+        measures = pretrain.update(model, config, [clips], 8192, 5, optimizer, scaler, precision, step)
+    torch.cuda.set_sync_debug_mode("default")
+    assert measures[0].item() == pytest.approx(9, abs=1)
+
+
 def test_knn_weighs_the_nearest_most():
     features = torch.eye(4)
     labels = torch.tensor([0, 1, 1, 1])
