@@ -116,10 +116,10 @@ class Config:
             raise ValueError("--noise belongs to --mask block: it is drawn per cuboid")
         if self.resume and self.init:
             raise ValueError("--resume and --init: give one of them")
-        if self.init and not Path(self.init).is_file():
-            raise ValueError(f"--init {self.init}: there is no such file")
         if self.init and Path(self.init).resolve() == (Path(self.out) / "last.pt").resolve():
             raise ValueError(f"--init {self.init}: give the new run a folder of its own with --out")
+        if self.init and not Path(self.init).is_file():
+            raise ValueError(f"--init {self.init}: there is no such file")
         if self.videos and self.data:
             raise ValueError("--videos and --data: give one of them")
         vqvae.check_size(self.frame_size)
@@ -503,6 +503,7 @@ def main():
                  f"{sum(p.numel() for p in model.backbone.parameters()) / 1e6:.2f}M parameters, "
                  f"{config.mask} masks{f' of {blocks} cuboids' if config.mask == 'block' else ''}, on {device}")
     metrics = train(config, model, store, blocks, device, monitor_folder)
+    training.leave_group()
     if training.rank_and_world()[0] == 0:
         finish(config, model, store, blocks, device, tokenizer_path, metrics)
 

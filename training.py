@@ -136,6 +136,12 @@ def wait_for_all():
         dist.barrier()
 
 
+def leave_group():
+    """Ends what torchrun's processes share, after the last of their exchanges: an exit without it may abort."""
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
 def pick_precision(name, device):
     """"auto" -> bf16 where the hardware multiplies it, fp16 on older GPUs, else fp32. Returns a torch.dtype."""
     if name == "auto":

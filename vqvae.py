@@ -414,6 +414,7 @@ def main():
         sys.exit(0 if set(sys.argv[1:]) & {"-h", "--help"} else 2)
     config_class, command = commands[sys.argv[1]]
     command(training.parse(config_class, sys.argv[2:], __doc__, prog=f"vqvae.py {sys.argv[1]}"))
+    training.leave_group()
 
 
 if __name__ == "__main__":
