@@ -52,7 +52,7 @@ class Config:
     out: str = option("", "folder of the run (default: runs/finetune-LABELS, -scratch added where it is)")
     eval_only: bool = option(False, "test the checkpoint's own classifier, without training")
     eval_split: str = option("test", "which store to measure on: val to choose, test to report")
-    resume: bool = option(False, "go on from the run's last checkpoint")
+    resume: bool = option(False, "go on from the run's last checkpoint, where there is one")
     # the clips
     fps: float = option(2.67, "frames a second of a clip, taken from those stored")
     clips: int = option(10, "evenly spaced clips a video at test")

@@ -54,7 +54,7 @@ class Config:
     data: str = option("", "token store to pre-train on, made by vqvae.py tokenize")
     tokenizer: str = option("", "tokenizer of the videos or of the store (default: train one on the videos)")
     monitor: str = option("", "folder with labelled token stores train and val, for the kNN accuracy")
-    resume: bool = option(False, "go on from the run's last checkpoint")
+    resume: bool = option(False, "go on from the run's last checkpoint, where there is one")
     init: str = option("", "checkpoint of another run to start from; another clip size is interpolated to this one's")
     # the model
     layers: int = option(6, "transformer layers")
@@ -114,8 +114,6 @@ class Config:
             raise ValueError(f"--mask-ratio {self.mask_ratio}: it lies between 0 and 1")
         if self.noise and self.mask == "iid":
             raise ValueError("--noise belongs to --mask block: it is drawn per cuboid")
-        if self.resume and self.init:
-            raise ValueError("--resume and --init: give one of them")
         if self.init and Path(self.init).resolve() == (Path(self.out) / "last.pt").resolve():
             raise ValueError(f"--init {self.init}: give the new run a folder of its own with --out")
         if self.init and not Path(self.init).is_file():

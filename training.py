@@ -215,20 +215,14 @@ def restarted():
 
 
 def last_checkpoint(out, resume):
-    """The out/last.pt that a run goes on from, because it is asked to or restarted by torchrun, or None.
-
-    A run that starts anew first renames an earlier one's last.pt to last.old.pt, so that no restart goes on from it.
-    """
+    """The out/last.pt that a run goes on from, because it is asked to or restarted by torchrun, or None."""
     path = Path(out) / "last.pt"
-    if resume or restarted():
-        if path.is_file():
-            return path
+    if not resume and not restarted():
+        return None
+    if not path.is_file():
         say(f"there is no {path} to go on from: starting anew")
         return None
-    if rank_and_world()[0] == 0 and path.is_file():
-        os.replace(path, path.with_name("last.old.pt"))
-        say(f"{path} of an earlier run is now {path.with_name('last.old.pt').name}")
-    return None
+    return path
 
 
 def check_same(step, out):
@@ -253,7 +247,8 @@ def restore_scaler(scaler, checkpoint):
 class RunLog:
     """A run's folder: config.json, metrics.jsonl, TensorBoard events. Only the first process writes.
 
-    resume_from: metrics of this step and later, from a run that went on past its last checkpoint, are dropped.
+    resume_from: metrics of this step and later, from a run that went on past its last checkpoint, are dropped. From 0 on,
+    an earlier run's last.pt becomes last.old.pt, so that no restart goes on from it.
     """
 
     def __init__(self, out, config, resume_from=0):
@@ -262,6 +257,9 @@ class RunLog:
         if not self.writes:
             return
         self.out.mkdir(parents=True, exist_ok=True)
+        if resume_from == 0 and (self.out / "last.pt").is_file():
+            os.replace(self.out / "last.pt", self.out / "last.old.pt")
+            say(f"{self.out / 'last.pt'} of an earlier run is now last.old.pt")
         (self.out / "config.json").write_text(json.dumps(asdict(config), indent=1) + "\n")
         kept = [json.dumps(record) + "\n" for record in read_metrics(self.out) if record["step"] <= resume_from]
         self.metrics_path.write_text("".join(kept if resume_from else []))

@@ -17,7 +17,7 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 SPECIAL = 5  # rows of the embedding after the codes
-FUSED = ("cuda",)  # devices on which one attention kernel is faster than two products of many small matrices
+FUSED = ("cuda",)  # devices that take one attention kernel; CPUs are faster with two products of many small matrices
 MOST_SEQUENCES = 65_535  # of one attention kernel: the largest size of a CUDA grid beyond its first dimension
 PAD = 1  # the id of padding, counted from vocab_size: 8193 with the paper's 8192 codes
 LAYOUTS = ("T,H|W", "T|H|W", "T,H,W", "H|W,T", "T,HxW", "TxHxW")  # blocks at the commas, patterns at the bars
@@ -147,6 +147,7 @@ class Layer(nn.Module):
         for block in self.blocks:
             x = block(x, pad, shape)
         hidden = self.expand(self.norm(x) if self.pre_norm else x)  # (B, N, m)
+        # GELU is computed again in the backward pass rather than kept: a seventh of a layer's memory for little time
         y = checkpoint(lambda h: self.contract(F.gelu(h)), hidden, use_reentrant=False, preserve_rng_state=False)
         x = x + dropout(y, self.dropout, self.training)
         return x if self.pre_norm else self.norm(x)

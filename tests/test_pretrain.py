@@ -230,9 +230,12 @@ def test_a_folder_of_any_videos(tmp_path, write_video):
 
 
 def test_init_from_the_command_line(workplace):
-    """A stage of its own: it starts at step 0 with the weights of another run; other files are refused in a line."""
-    done = run(workplace, "--init", "runs/toy/last.pt", "--steps", 2, "--out", "runs/second", *flags(TINY))
-    assert done.returncode == 0 and "starting from runs/toy/last.pt" in done.stdout
+    """A stage of its own: it starts at step 0 with the weights of another run, or with --resume where it had stopped;
+    other files are refused in a line."""
+    for steps, said in ((2, "starting from runs/toy/last.pt"), (3, "resumed runs/second/last.pt at step 2 of 3")):
+        done = run(workplace, "--init", "runs/toy/last.pt", "--resume", "--steps", steps, "--out", "runs/second",
+                   *flags(TINY))
+        assert done.returncode == 0 and said in done.stdout
     assert [m["step"] for m in training.read_metrics(workplace / "runs/second")][0] == 0
     for path in ("nowhere.pt", "datasets/toy/tokenizer.pt"):
         done = run(workplace, "--init", path, *flags(TINY))

@@ -79,14 +79,16 @@ def test_a_checkpoint_is_written_whole_or_not_at_all(tmp_path):
 
 def test_only_a_resumed_or_restarted_run_goes_on_from_a_checkpoint(tmp_path, monkeypatch):
     assert training.last_checkpoint(tmp_path, resume=True) is None
-    (tmp_path / "last.pt").write_text("earlier")
+    (tmp_path / "last.pt").write_text("a run's")
     assert training.last_checkpoint(tmp_path, resume=True) == tmp_path / "last.pt"
     assert training.last_checkpoint(tmp_path, resume=False) is None
-    assert (tmp_path / "last.old.pt").read_text() == "earlier" and not (tmp_path / "last.pt").exists()
     monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "1")
-    assert training.last_checkpoint(tmp_path, resume=False) is None
-    (tmp_path / "last.pt").write_text("before the restart")
     assert training.last_checkpoint(tmp_path, resume=False) == tmp_path / "last.pt"
+    training.RunLog(tmp_path, Example(), resume_from=3).close()
+    assert training.last_checkpoint(tmp_path, resume=False) == tmp_path / "last.pt"
+    training.RunLog(tmp_path, Example()).close()  # a run that starts anew
+    assert training.last_checkpoint(tmp_path, resume=False) is None
+    assert (tmp_path / "last.old.pt").read_text() == "a run's"
 
 
 def start_from(rank, place):
