@@ -210,14 +210,19 @@ def save(path, content):
 
 
 def restarted():
-    """Whether torchrun started this process again, after one of its group had ended."""
-    return int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)) > 0
+    """Whether torchrun started any process of this group again. Called by all: where another machine's process had ended,
+    torchrun does not tell the processes of this one that they are not the first."""
+    counts = [int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0))]
+    if dist.is_initialized():
+        counts *= dist.get_world_size()
+        dist.all_gather_object(counts, counts[0])
+    return max(counts) > 0
 
 
 def last_checkpoint(out, resume):
     """The out/last.pt that a run goes on from, because it is asked to or restarted by torchrun, or None."""
     path = Path(out) / "last.pt"
-    if not resume and not restarted():
+    if not (restarted() or resume):
         return None
     if not path.is_file():
         say(f"there is no {path} to go on from: starting anew")

@@ -1,4 +1,5 @@
 import json
+import os
 from dataclasses import dataclass
 
 import pytest
@@ -96,10 +97,13 @@ def start_from(rank, place):
     training.check_same(3, "runs/a")
     with pytest.raises(ValueError, match="--out runs/a"):
         training.check_same(3 * rank, "runs/a")
+    assert not training.restarted()
+    os.environ["TORCHELASTIC_RESTART_COUNT"] = str(rank)  # one machine's process ended, the other's was called again
+    assert training.restarted()
     dist.destroy_process_group()
 
 
-def test_processes_that_see_different_checkpoints_stop(tmp_path):
+def test_processes_agree_on_where_to_start(tmp_path):
     torch.multiprocessing.spawn(start_from, (tmp_path,), nprocs=2)
 
 
