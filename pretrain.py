@@ -502,8 +502,7 @@ def main():
                  f"{config.mask} masks{f' of {blocks} cuboids' if config.mask == 'block' else ''}, on {device}")
     metrics = train(config, model, store, blocks, device, monitor_folder)
     training.leave_group()
-    if training.rank_and_world()[0] == 0:
-        finish(config, model, store, blocks, device, tokenizer_path, metrics)
+    finish(config, model, store, blocks, device, tokenizer_path, metrics)
 
 
 def finish(config, model, store, blocks, device, tokenizer_path, metrics):

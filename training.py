@@ -137,9 +137,18 @@ def wait_for_all():
 
 
 def leave_group():
-    """Ends what torchrun's processes share, after the last of their exchanges: an exit without it may abort."""
+    """Called by all after the last of their exchanges. Only the first process returns, for what is left to write.
+
+    The others end here and at once: an ordinary exit now and then aborts in one of torch's threads ("terminate called
+    without an active exception"), whereupon torchrun would end the first process before its last lines.
+    """
     if dist.is_initialized():
+        rank = dist.get_rank()
         dist.destroy_process_group()
+        if rank > 0:
+            sys.stdout.flush()
+            sys.stderr.flush()
+            os._exit(0)
 
 
 def pick_precision(name, device):
