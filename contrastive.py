@@ -5,20 +5,13 @@
 Shapes: n videos in the batch of one process, d features.
 """
 import math
-import warnings
 
 import torch
-import torch.distributed as dist
 import torch.nn.functional as F
 from torch import nn
-from torch.distributed.nn.functional import all_gather, all_reduce
 
-# what torch 2.13 recommends in their place is not in 2.11
-warnings.filterwarnings("ignore", "torch.distributed.nn.functional", FutureWarning)
-
-
-def world_size():
-    return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
+from plumbing import released
+from plumbing.processes import BatchNorm, gather
 
 
 def info_nce(first, second, temperature=0.2):
@@ -31,36 +24,13 @@ def info_nce(first, second, temperature=0.2):
     the global batch. The gather's gradient is the sum over processes, so that DistributedDataParallel's mean over
     processes is the gradient of the loss itself.
     """
-    first = F.normalize(first.float(), dim=1)
-    second = F.normalize(second.float(), dim=1)
-    if world_size() > 1:
-        first, second = torch.cat(all_gather(first)), torch.cat(all_gather(second))
-    n = len(first)
-    f = torch.cat([first, second])  # (2n, d)
-    similarity = f @ f.t() / temperature  # (2n, 2n)
+    with torch.autocast(first.device.type, enabled=False):  # in float32, as small differences decide
+        f = F.normalize(torch.cat([gather(first), gather(second)]).float(), dim=1)  # (2n, d), n of all processes
+        similarity = f @ f.t() / temperature  # (2n, 2n)
+    n = len(f) // 2
     similarity = similarity.masked_fill(torch.eye(2 * n, dtype=torch.bool, device=f.device), float("-inf"))
     positive = torch.arange(2 * n, device=f.device).roll(n)  # clip i's partner is i + n, and the other way round
     return 2 * F.cross_entropy(similarity, positive)  # the mean over 2n clips, twice: L_i + L'_i
-
-
-class BatchNorm(nn.BatchNorm1d):
-    """BatchNorm1d with the statistics of all processes' batches.
-
-    torch's SyncBatchNorm refuses CPU tensors; this one runs anywhere that the processes can reduce.
-    """
-
-    def forward(self, x):  # (n, d)
-        world = world_size()
-        if not self.training or world == 1:
-            return super().forward(x)
-        count = len(x) * world
-        mean = all_reduce(x.sum(dim=0)) / count  # (d,)
-        variance = all_reduce((x - mean).square().sum(dim=0)) / count  # (d,)
-        with torch.no_grad():
-            self.num_batches_tracked += 1
-            self.running_mean.lerp_(mean, self.momentum)
-            self.running_var.lerp_(variance * count / (count - 1), self.momentum)
-        return (x - mean) * torch.rsqrt(variance + self.eps) * self.weight + self.bias
 
 
 class ProjectionHead(nn.Module):
@@ -84,18 +54,9 @@ class ProjectionHead(nn.Module):
 
         KeyError names a tensor that is missing; layers and widths are read off the shapes.
         """
-        name = "cls_head.mlp"
-        layers = sum(key.startswith(f"{name}.linear_") and key.endswith(".weight") for key in state)
-        hidden, dim = state[f"{name}.linear_0.weight"].shape
-        out = len(state[f"{name}.linear_{layers - 1}.weight"])
-        parts = {"out.weight": state.pop(f"{name}.linear_{layers - 1}.weight")}
-        for i in range(layers - 1):
-            for kind in ("weight", "bias"):
-                parts[f"hidden.{i}.{kind}"] = state.pop(f"{name}.linear_{i}.{kind}")
-            for kind in ("weight", "bias", "running_mean", "running_var", "num_batches_tracked"):
-                parts[f"norms.{i}.{kind}"] = state.pop(f"{name}.bn_{i}.{kind}")
-        head = cls(dim, hidden, layers, out)
-        head.load_state_dict(parts)
+        sizes, tensors = released.take_projection_head(state)
+        head = cls(*sizes)
+        head.load_state_dict(tensors)
         return head
 
 

@@ -5,11 +5,18 @@ whole spatio-temporal cuboids, whose insides can only be predicted.
 
     python masking.py        the paper's Table 2 beside the closed form and beside a sample
 
-Shapes: B clips, T frames, H x W tokens a frame, N cuboids a clip.
+Shapes: B clips, T frames, H x W tokens a frame, N cuboids a clip, n videos, C clips of each.
 """
+from functools import cache
+from typing import NamedTuple
+
 import torch
 
-PAD, MASK = 1, 4  # special ids, counted from vocab_size: 8193 and 8196 with the paper's 8192 codes
+from plumbing.cli import UserError
+from plumbing.processes import share
+from plumbing.tokens import MASK, PAD
+
+LEFT = -1  # a hidden token that stays as it is, though it is to be predicted
 
 
 def longest(frames, height, width):
@@ -66,13 +73,14 @@ def _covered(size, most):
     return ((last - first + 1) / (size - length + 1)).mean(dim=0)
 
 
+@cache
 def blocks_for(frames, height, width, target=0.15):
     """The number of cuboids whose expected ratio is closest to `target` (Table 2's bold cells) -> int.
 
-    Raises ValueError unless 0 < target < 1.
+    Raises UserError unless 0 < target < 1.
     """
     if not 0 < target < 1:
-        raise ValueError(f"a mask ratio lies between 0 and 1, not {target}")
+        raise UserError(f"a mask ratio lies between 0 and 1, not {target}")
     blocks = 1
     while abs(expected_ratio(frames, height, width, blocks + 1) - target) < \
             abs(expected_ratio(frames, height, width, blocks) - target):
@@ -80,25 +88,80 @@ def blocks_for(frames, height, width, target=0.15):
     return blocks
 
 
-def hide(tokens, mask, vocab_size, noise=False, generator=None):
-    """Replaces the masked tokens -> int64 (B, T, H, W). PAD is left as it is.
+# ---------------------------------------------------------------- what stands in a hidden token's place
 
-    tokens: int64 (B, T, H, W). mask: bool (B, T, H, W), or (B, N, T, H, W) from `cuboids`.
-    noise: Sec. G.3's variant: 80% become MASK, 10% random codes, 10% stay what they are. The released code draws
-    this once per cuboid, so pass `cuboids`; with a (B, T, H, W) mask every token draws for itself.
+
+def cuboid_draws(cuboids, generator=None):
+    """A number in 0..1 for each cuboid, at every token inside; where cuboids overlap, the last decides.
+
+    cuboids: bool (B, N, T, H, W) -> float (B, T, H, W).
     """
-    per_cuboid = mask.dim() == 5
-    hidden = (mask.any(dim=1) if per_cuboid else mask) & (tokens != vocab_size + PAD)  # (B, T, H, W)
-    masked = torch.full_like(tokens, vocab_size + MASK)
+    draw = torch.rand(*cuboids.shape[:2], 1, 1, 1, device=cuboids.device, generator=generator)
+    last = cuboids.shape[1] - 1 - cuboids.flip(1).int().argmax(dim=1, keepdim=True)  # (B, 1, T, H, W)
+    return draw.expand(cuboids.shape).gather(1, last)[:, 0]
+
+
+def noisy_codes(draw, vocab_size, generator=None):
+    """Sec. G.3: what hidden tokens become, by a draw in 0..1: below 0.8 MASK, below 0.9 a random code, else LEFT.
+
+    draw: float (B, T, H, W) -> int64 (B, T, H, W). The released code draws once for a cuboid (`cuboid_draws`).
+    """
+    random = torch.randint(vocab_size, draw.shape, device=draw.device, generator=generator)
+    return torch.where(draw < 0.8, vocab_size + MASK, torch.where(draw < 0.9, random, LEFT))
+
+
+def hide(tokens, mask, vocab_size, noise=False, generator=None):
+    """Puts MASK in the place of the hidden tokens -> int64 (B, T, H, W). PAD is left as it is.
+
+    tokens: int64 (B, T, H, W). mask: bool (B, T, H, W), True = hidden. noise: the 80/10/10 of Sec. G.3, every token
+    drawing for itself.
+    """
+    codes = torch.full_like(tokens, vocab_size + MASK)
     if noise:
-        shape = (*mask.shape[:2], 1, 1, 1) if per_cuboid else tokens.shape
-        draw = torch.rand(shape, device=tokens.device, generator=generator)  # (B, N, 1, 1, 1) or (B, T, H, W)
-        if per_cuboid:  # where cuboids overlap, the last one decides
-            last = mask.shape[1] - 1 - mask.flip(1).int().argmax(dim=1, keepdim=True)  # (B, 1, T, H, W)
-            draw = draw.expand(mask.shape).gather(1, last)[:, 0]  # (B, T, H, W)
-        random = torch.randint(vocab_size, tokens.shape, device=tokens.device, generator=generator)
-        masked = torch.where(draw < 0.8, masked, torch.where(draw < 0.9, random, tokens))
-    return torch.where(hidden, masked, tokens)
+        draw = torch.rand(tokens.shape, device=tokens.device, generator=generator)
+        codes = noisy_codes(draw, vocab_size, generator)
+    return replace(tokens, mask & (tokens != vocab_size + PAD), codes)
+
+
+def replace(tokens, mask, codes):
+    """The codes where the mask is True, but for those that are LEFT; all (B, T, H, W)."""
+    return torch.where(mask & (codes != LEFT), codes, tokens)
+
+
+class Batch(NamedTuple):
+    """Clips ready for the model. B = C * n: the first clips of all videos, then all second ones."""
+    tokens: torch.Tensor  # int64 (B, T, H, W), as they are
+    inputs: torch.Tensor  # int64 (B, T, H, W), with what is hidden replaced
+    mask: torch.Tensor  # bool (B, T, H, W), True = to be predicted; never PAD
+    padded: bool  # whether any token is PAD
+
+
+def prepare(clips, vocab_size, kind="block", ratio=0.15, blocks=0, noise=False, generator=None, rank=0, world=1):
+    """Draws the masks of clips and applies them -> Batch.
+
+    clips: int64 (n, C, T, H, W), on the CPU: there the number of hidden tokens is known without waiting for a GPU.
+    kind: "block" (blocks: N, or 0 for the number that comes closest to the ratio) or "iid". noise: Sec. G.3's 80/10/10,
+    for every cuboid, or for every token of an i.i.d. mask.
+    rank, world: these are process `rank`'s n of n * world videos. The masks of all are drawn, and this process's
+    taken, so that nothing depends on how many processes share the work.
+    """
+    n, per_video, *shape = clips.shape
+    count = n * per_video * world
+    if kind == "iid":
+        mask = iid_mask(count, *shape, ratio, generator=generator)
+        draw = torch.rand(mask.shape, generator=generator) if noise else None
+    else:
+        boxes = cuboids(count, *shape, blocks or blocks_for(*shape, ratio), generator=generator)
+        mask, draw = boxes.any(dim=1), cuboid_draws(boxes, generator) if noise else None
+
+    def own(x):  # (count, T, H, W), of all processes -> (B, T, H, W)
+        return share(x.unflatten(0, (n * world, per_video)), rank, world).transpose(0, 1).flatten(0, 1)
+    tokens = clips.transpose(0, 1).flatten(0, 1)  # (B, T, H, W)
+    pad = tokens == vocab_size + PAD
+    mask = own(mask) & ~pad
+    inputs = replace(tokens, mask, own(noisy_codes(draw, vocab_size, generator))) if noise else \
+        hide(tokens, mask, vocab_size)
+    return Batch(tokens, inputs, mask, bool(pad.any()))
 
 
 PAPER_TABLE_2 = {  # (T, S): expected ratio in percent for 4, 5, 6, 7 and 8 cuboids, and the number in bold

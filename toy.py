@@ -13,16 +13,20 @@ another; colours come from a short palette, so that they can be shared by the to
 
 Shapes: F frames, S = 64 pixels.
 """
-import argparse
 import os
+import sys
 from concurrent.futures import ProcessPoolExecutor
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
 import imageio.v2 as imageio
 import numpy as np
 
-import data
+from plumbing import cli
+from plumbing.annotations import list_videos
+from plumbing.cli import option
+from plumbing.store import write_text
 
 SIZE, FRAMES, FPS = 64, 32, 8
 SPLITS = {"pretrain": 2000, "train": 400, "val": 300, "test": 500}  # pretrain: its labels are never used
@@ -102,14 +106,14 @@ def make(root, splits=None, seed=0, workers=None):
     total = sum(splits.values())
     with ProcessPoolExecutor(workers or os.cpu_count()) as pool:
         written = pool.map(partial(write_video, folder=root / "videos", seed=seed), range(total), chunksize=16)
-        labels = list(data.progress(written, "toy videos", total, " videos"))
+        labels = list(cli.progress(written, "toy videos", total, " videos"))
     for name, classes in CLASSES.items():
         (root / name).mkdir(exist_ok=True)
-        data.write_whole(root / name / "classes.txt", "".join(f"{c}\n" for c in classes))
+        write_text(root / name / "classes.txt", "".join(f"{c}\n" for c in classes))
         start = 0
         for split, count in splits.items():
             lines = [f"../videos/{i:05d}.mp4 {labels[i][name]}\n" for i in range(start, start + count)]
-            data.write_whole(root / name / f"{split}.txt", "".join(lines))
+            write_text(root / name / f"{split}.txt", "".join(lines))
             start += count
     imageio.imwrite(finished, picture(seed))
     return root
@@ -117,7 +121,7 @@ def make(root, splits=None, seed=0, workers=None):
 
 def split_videos(root, split):
     """The videos of a split with all their labels -> [(path, {label set: class})]."""
-    lists = {name: data.list_videos("list", Path(root) / name, split) for name in CLASSES}
+    lists = {name: list_videos("list", Path(root) / name, split) for name in CLASSES}
     paths = [path for path, _ in lists["motion"]]
     return [(path, {name: lists[name][i][1] for name in CLASSES}) for i, path in enumerate(paths)]
 
@@ -134,14 +138,17 @@ def picture(seed=0):
     return np.concatenate([columns[0], np.full((len(columns[0]), 12, 3), 255, np.uint8), columns[1]], axis=1)
 
 
+@dataclass
+class Config:
+    out: str = option("datasets/toy", "where to write")
+    seed: int = option(0, "random seed: another one gives other videos")
+
+
 def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--out", default="datasets/toy", help="where to write")
-    parser.add_argument("--seed", type=int, default=0)
-    args = parser.parse_args()
-    root = make(args.out, seed=args.seed)
+    config = cli.parse(Config, sys.argv[1:], __doc__)
+    root = make(config.out, seed=config.seed)
     print(f"{root}: {', '.join(f'{count} {split}' for split, count in SPLITS.items())} videos; picture: {root}/toy.png")
 
 
 if __name__ == "__main__":
-    main()
+    cli.run(main)

@@ -6,7 +6,7 @@ then along the row and the column of the same frame; one CLS token joins every s
     python transformer.py    the parameter counts of Tables 3, 6 and 13 beside ours
 
 Shapes: B clips, T frames, H x W tokens a frame, N = 1 + T*H*W tokens with CLS first, d hidden size, A attention size
-(heads * head_dim), P patterns side by side in a block, S sequences of L tokens in one pattern.
+(heads * head_dim), P patterns side by side in a block, S sequences of L tokens in one pattern, a = head_dim.
 """
 import math
 from dataclasses import dataclass, replace
@@ -14,19 +14,20 @@ from dataclasses import dataclass, replace
 import torch
 import torch.nn.functional as F
 from torch import nn
-from torch.utils.checkpoint import checkpoint
 
-SPECIAL = 5  # rows of the embedding after the codes
-FUSED = ("cuda",)  # devices that take one attention kernel; CPUs are faster with two products of many small matrices
-MOST_SEQUENCES = 65_535  # of one attention kernel: the largest size of a CUDA grid beyond its first dimension
-PAD = 1  # the id of padding, counted from vocab_size: 8193 with the paper's 8192 codes
+from plumbing import released
+from plumbing.cli import UserError
+from plumbing.kernels import attention, dropout, gelu_linear
+from plumbing.runs import load_weights, read_checkpoint
+from plumbing.tokens import PAD, SPECIAL
+
 LAYOUTS = ("T,H|W", "T|H|W", "T,H,W", "H|W,T", "T,HxW", "TxHxW")  # blocks at the commas, patterns at the bars
 LN_EPS = 1e-12
 
 
 @dataclass
 class TransformerConfig:
-    """The sizes of Table 3. Raises ValueError where they do not fit together."""
+    """The sizes of Table 3. Raises UserError where they do not fit together."""
     layers: int = 6
     dim: int = 512
     heads: int = 8
@@ -42,38 +43,34 @@ class TransformerConfig:
 
     def __post_init__(self):
         if self.layout not in LAYOUTS:
-            raise ValueError(f"unknown layout {self.layout!r}: choose one of {', '.join(LAYOUTS)}")
-        for block in self.layout.split(","):
-            patterns = len(block.split("|"))
+            raise UserError(f"unknown layout {self.layout!r}: choose one of {', '.join(LAYOUTS)}")
+        for patterns in (1 + block.count("|") for block in self.layout.split(",")):
             if self.heads % patterns:
-                raise ValueError(f"{self.heads} heads cannot be shared by the {patterns} patterns of {block!r}: "
-                                 f"use a multiple of {patterns}")
+                raise UserError(f"{self.heads} heads cannot be shared by {patterns} patterns: use a multiple")
         for name in ("layers", "dim", "heads", "head_dim", "mlp_dim", "frames", "height", "width", "vocab_size"):
             if getattr(self, name) < 1:
-                raise ValueError(f"{name} must be at least 1, not {getattr(self, name)}")
+                raise UserError(f"{name} must be at least 1, not {getattr(self, name)}")
         if not 0 <= self.dropout < 1:
-            raise ValueError(f"dropout must lie in 0..1, not {self.dropout}")
+            raise UserError(f"dropout must lie in 0..1, not {self.dropout}")
 
 
-def dropout(x, p, training):
-    """F.dropout. On a CPU drawing its random numbers would take longer than attention itself: here one draw gives the
-    numbers of four elements, 16 bits each, and the mask kept for the backward pass has one byte an element."""
-    if x.device.type != "cpu" or not training or p == 0:
-        return F.dropout(x, p, training)
-    dropped = round(p * 2**16)  # of the 2**16 numbers
-    numbers = torch.empty((x.numel() + 3) // 4, dtype=torch.int64).random_(-2**63, None).view(torch.int16)
-    keep = numbers[:x.numel()].view(x.shape) >= dropped - 2**15
-    return (x * keep).mul_(2**16 / (2**16 - dropped))
+def to_sequences(x, pattern):
+    """(B, T, H, W, ...) -> (B, S, L, ...), a view: along the axes of a pattern, such as "T" or "HxW", lie sequences of L
+    tokens; S stands for the other axes, one dimension each."""
+    axes, last = _axes(pattern)
+    return x.movedim(axes, last).flatten(last[0], 3)
 
 
-def fused_attention(q, k, v, p):
-    """softmax(q k^T / sqrt(a)) v in one kernel: q, k, v (B, S, heads, L, a) -> the same; S any number of dimensions.
+def from_sequences(x, pattern, shape):
+    """The way back: (B, S, L, ...) -> (B, T, H, W, ...), where shape is (T, H, W)."""
+    axes, last = _axes(pattern)
+    return x.unflatten(last[0], [shape[axis - 1] for axis in axes]).movedim(last, axes)
 
-    p: dropout of the probabilities. Some CUDA kernels cannot be launched on more sequences than MOST_SEQUENCES.
-    """
-    parts = zip(*(x.flatten(0, -4).split(MOST_SEQUENCES) for x in (q, k, v)))  # (<= 65535, heads, L, a) each
-    out = [F.scaled_dot_product_attention(*part, dropout_p=p) for part in parts]
-    return (out[0] if len(out) == 1 else torch.cat(out)).unflatten(0, q.shape[:-3])
+
+def _axes(pattern):
+    """Which dimensions of (B, T, H, W) make up a sequence, and the last of these dimensions, as many."""
+    axes = ["BTHW".index(axis) for axis in pattern.split("x")]
+    return axes, list(range(4 - len(axes), 4))
 
 
 class AttentionBlock(nn.Module):
@@ -91,12 +88,13 @@ class AttentionBlock(nn.Module):
 
     def forward(self, x, pad, shape):
         """x: (B, N, d), CLS first. pad: bool (B, T, H, W), True = PAD, or None. shape: (T, H, W)."""
-        out = self.out(self.attention(self.norm(x) if self.pre_norm else x, pad, shape))  # (B, N, d)
-        x = x + dropout(out, self.dropout, self.training)
+        x = self.norm(x) if self.pre_norm else x  # the residual, too, is then the normalised input, as released
+        y = self.out(self.attend_all(x, pad, shape))  # (B, N, d)
+        x = x + dropout(y, self.dropout, self.training)
         return x if self.pre_norm else self.norm(x)
 
-    def attention(self, x, pad, shape):
-        """All patterns side by side: (B, N, d) -> (B, N, A)."""
+    def attend_all(self, x, pad, shape):
+        """Eq. 11: all patterns side by side, (B, N, d) -> (B, N, A)."""
         qkv = self.qkv(x).chunk(len(self.patterns), dim=-1)  # P times (B, N, 3A/P)
         parts = zip(*(self.attend(part, pad, shape, pattern) for part, pattern in zip(qkv, self.patterns)))
         cls, tokens = (torch.cat(kind, dim=-2) for kind in parts)  # (B, heads, a), (B, T, H, W, heads, a)
@@ -105,31 +103,18 @@ class AttentionBlock(nn.Module):
     def attend(self, qkv, pad, shape, pattern):
         """One pattern: every sequence along its axes attends to itself and to CLS.
 
-        qkv: (B, N, 3A/P). -> CLS (B, heads, a), tokens (B, T, H, W, heads, a). In the shapes below, S are the other
-        axes, one dimension each.
+        qkv: (B, N, 3A/P) -> CLS (B, heads, a), tokens (B, T, H, W, heads, a).
         """
-        axes = [1 + "THW".index(axis) for axis in pattern.split("x")]  # the dimensions that make up a sequence
-        others = [axis for axis in (1, 2, 3) if axis not in axes]
         qkv = qkv.unflatten(-1, (3, self.heads, -1))  # (B, N, 3, heads, a)
-        tokens = qkv[:, 1:].unflatten(1, shape)  # (B, T, H, W, 3, heads, a)
-        tokens = tokens.permute(4, 0, *others, 5, *axes, 6)  # (3, B, S, heads, axes, a)
-        lengths = tokens.shape[-1 - len(axes):-1]
-        tokens = tokens.flatten(-1 - len(axes), -2)  # (3, B, S, heads, L, a)
-        cls = qkv[:, 0].transpose(0, 1).unflatten(1, (-1,) + (1,) * len(others)).unsqueeze(-2)  # (3, B, 1, heads, 1, a)
-        cls = cls.expand(*tokens.shape[:-2], 1, -1)  # computed once, not for every sequence
-        q, k, v = torch.cat([cls, tokens], dim=-2).unbind(0)  # (B, S, heads, 1 + L, a) each
-        if q.device.type in FUSED and pad is None:
-            out = fused_attention(q, k, v, self.dropout * self.training)
-        else:
-            scores = (q @ k.transpose(-1, -2)).div_(math.sqrt(q.shape[-1]))  # (B, S, heads, 1 + L, 1 + L)
-            if pad is not None:
-                ignore = pad.permute(0, *others, *axes).flatten(1 + len(others))[..., None, None, :]  # (B, S, 1, 1, L)
-                scores = scores.masked_fill(F.pad(ignore, (1, 0)), float("-inf"))  # CLS is never PAD
-            out = dropout(scores.softmax(dim=-1), self.dropout, self.training) @ v  # (B, S, heads, 1 + L, a)
+        tokens = to_sequences(qkv[:, 1:].unflatten(1, shape), pattern)  # (B, S, L, 3, heads, a)
+        tokens = tokens.movedim(-3, 0).transpose(-2, -3)  # (3, B, S, heads, L, a)
+        cls = qkv[:, 0].transpose(0, 1)  # (3, B, heads, a): computed once, not for every sequence
+        cls = cls.unflatten(1, (-1,) + (1,) * (tokens.dim() - 5)).unsqueeze(-2)  # (3, B, 1, heads, 1, a)
+        q, k, v = torch.cat([cls.expand(*tokens.shape[:-2], 1, -1), tokens], dim=-2)  # (B, S, heads, 1 + L, a) each
+        ignore = None if pad is None else F.pad(to_sequences(pad, pattern), (1, 0))  # (B, S, 1 + L), CLS is never PAD
+        out = attention(q, k, v, ignore, self.dropout * self.training)  # (B, S, heads, 1 + L, a)
         cls = out[..., 0, :].reshape(len(out), -1, self.heads, out.shape[-1]).mean(dim=1)  # (B, heads, a): Eq. 15
-        back = [[0, *others, 4, *axes, 5].index(axis) for axis in range(6)]
-        tokens = out[..., 1:, :].unflatten(-2, lengths).permute(back)  # (B, T, H, W, heads, a)
-        return cls, tokens
+        return cls, from_sequences(out[..., 1:, :].transpose(-2, -3), pattern, shape)
 
 
 class Layer(nn.Module):
@@ -146,9 +131,7 @@ class Layer(nn.Module):
     def forward(self, x, pad, shape):  # (B, N, d)
         for block in self.blocks:
             x = block(x, pad, shape)
-        hidden = self.expand(self.norm(x) if self.pre_norm else x)  # (B, N, m)
-        # GELU is computed again in the backward pass rather than kept: a seventh of a layer's memory for little time
-        y = checkpoint(lambda h: self.contract(F.gelu(h)), hidden, use_reentrant=False, preserve_rng_state=False)
+        y = gelu_linear(self.expand(self.norm(x) if self.pre_norm else x), self.contract)  # (B, N, m), then (B, N, d)
         x = x + dropout(y, self.dropout, self.training)
         return x if self.pre_norm else self.norm(x)
 
@@ -175,7 +158,7 @@ class VideoTransformer(nn.Module):
         nn.init.normal_(self.cls, std=0.02)
         for table in (self.time, self.row, self.column):
             nn.init.normal_(table, std=0.02 / math.sqrt(3))
-        if self.config.pre_norm:  # the residual stream is never normalised, so its additions start small
+        if self.config.pre_norm:
             for layer in self.layers:
                 residuals = len(self.layers) * (len(layer.blocks) + 1)
                 for linear in [block.out for block in layer.blocks] + [layer.contract]:
@@ -187,31 +170,29 @@ class VideoTransformer(nn.Module):
         x = x + self.time[:, None, None] + self.row[:, None] + self.column
         cls = (self.cls + self.cls_position).expand(len(x), 1, -1)  # (B, 1, d)
         x = torch.cat([cls.to(x.dtype), x.flatten(1, 3)], dim=1)  # (B, N, d)
-        if not self.config.pre_norm:
-            x = self.norm(x)
+        x = x if self.config.pre_norm else self.norm(x)
         return dropout(x, self.config.dropout, self.training)
 
     def forward(self, tokens, padded=None):
         """tokens: int64 (B, T, H, W), ids below vocab_size + 5 -> cls (B, d), features (B, T, H, W, d).
 
         padded says whether any token is PAD; None looks, which on a GPU waits for the device.
-        Raises ValueError for another clip size than the configuration's, and on a CPU for ids out of range.
+        Raises UserError for another clip size than the configuration's, and on a CPU for ids out of range.
         """
         shape = (self.config.frames, self.config.height, self.config.width)
         if tokens.shape[1:] != shape:
-            raise ValueError(f"the model takes clips of {shape} tokens (frames, height, width), "
-                             f"not {tuple(tokens.shape[1:])}: see VideoTransformer.resize")
+            raise UserError(f"the model takes clips of {shape} tokens (frames, height, width), "
+                            f"not {tuple(tokens.shape[1:])}: see VideoTransformer.resize")
         if tokens.device.type == "cpu" and not 0 <= tokens.min() <= tokens.max() < len(self.embedding.weight):
-            raise ValueError(f"token ids lie in 0..{len(self.embedding.weight) - 1}, "
-                             f"not {tokens.min().item()}..{tokens.max().item()}")
+            raise UserError(f"token ids lie in 0..{len(self.embedding.weight) - 1}, "
+                            f"not {tokens.min().item()}..{tokens.max().item()}")
         pad = tokens == self.config.vocab_size + PAD  # (B, T, H, W)
-        if padded is None:
-            padded = bool(pad.any())
+        if not (pad.any() if padded is None else padded):
+            pad = None
         x = self.embed(tokens)  # (B, N, d)
         for layer in self.layers:
-            x = layer(x, pad if padded else None, shape)
-        if self.config.pre_norm:
-            x = self.norm(x)
+            x = layer(x, pad, shape)
+        x = self.norm(x) if self.config.pre_norm else x
         return x[:, 0], x[:, 1:].unflatten(1, shape)
 
     def compile_layers(self):
@@ -228,40 +209,15 @@ class VideoTransformer(nn.Module):
         return self
 
     @classmethod
-    def from_released(cls, state):
+    def from_released(cls, state, **changes):
         """A backbone from the `backbone.*` tensors of a released checkpoint, which are taken out of `state`.
 
-        Sizes, layout and LayerNorm placement are read off the keys and shapes; heads are d / 64, as released.
-        Raises KeyError naming the first key that is missing, ValueError naming one that is left over.
+        Sizes and layout are read off the keys and shapes; changes: fields of the TransformerConfig to set otherwise.
+        Raises KeyError naming the first key that is missing, UserError naming one that is left over.
         """
-        config = released_config(state)
+        config = TransformerConfig(**{**released.transformer_sizes(state, LAYOUTS), **changes})
         model = cls(config)
-        attention = config.heads * config.head_dim
-        take = state.pop
-        parts = {"cls": take("backbone.cls_param"), "embedding.weight": take("backbone.embedding.weight"),
-                 "cls_position": take("backbone.positional_embedding.cls_pos_embedding").flatten()}
-        for ours, theirs in (("time", "temporal"), ("row", "height"), ("column", "width")):
-            parts[ours] = take(f"backbone.positional_embedding.{theirs}_pos_embedding")
-        end = "ln_post" if config.pre_norm else "ln_pre"
-        for kind in ("weight", "bias"):
-            parts[f"norm.{kind}"] = take(f"backbone.{end}.{kind}")
-            for i, layer in enumerate(model.layers):
-                theirs, ours = f"backbone.transformer.resblocks.{i}", f"layers.{i}"
-                for b, block in enumerate(layer.blocks):
-                    inner = f"{theirs}.attention_blocks.{b}"
-                    out = inner if config.pre_norm else f"{inner}.output"
-                    parts[f"{ours}.blocks.{b}.qkv.{kind}"] = torch.cat([
-                        take(f"{inner}.attentions.{p}.attention.{which}.{kind}")
-                        for p in range(len(block.patterns)) for which in ("query", "key", "value")])
-                    parts[f"{ours}.blocks.{b}.out.{kind}"] = take(f"{out}.dense.{kind}")
-                    parts[f"{ours}.blocks.{b}.norm.{kind}"] = take(f"{out}.LayerNorm.{kind}")
-                parts[f"{ours}.expand.{kind}"] = take(f"{theirs}.mlp.c_fc.{kind}")
-                parts[f"{ours}.contract.{kind}"] = take(f"{theirs}.mlp.c_proj.{kind}")
-                parts[f"{ours}.norm.{kind}"] = take(f"{theirs}.ln.{kind}")
-        left = [key for key in state if key.startswith("backbone.")]
-        if left:
-            raise ValueError(f"this backbone has no place for {left[0]}")
-        model.load_state_dict(parts)
+        model.load_state_dict(released.take_backbone(state, config.layers, config.layout, config.pre_norm))
         return model
 
 
@@ -281,12 +237,7 @@ class TokenHead(nn.Module):
 
     def load_released(self, state):
         """Takes `mlm_head.*` out of a released checkpoint's tensors. KeyError names a key that is missing."""
-        names = {"dense": "transform.0", "norm": "transform.2"}
-        parts = {f"{ours}.{kind}": state.pop(f"mlm_head.{theirs}.{kind}")
-                 for ours, theirs in names.items() for kind in ("weight", "bias")}
-        self.load_state_dict({**parts, "bias": state.pop("mlm_head.bias")})
-        state.pop("mlm_head.decoder.bias", None)  # tied: the same tensors under a second name
-        state.pop("mlm_head.decoder.weight", None)
+        self.load_state_dict(released.take_token_head(state))
 
 
 def init_weights(module):
@@ -304,55 +255,18 @@ def resize_table(table, size):
     return F.interpolate(table.t()[None].float(), size=size, mode="linear", align_corners=False)[0].t().contiguous()
 
 
-def released_config(state):
-    """The configuration of a released checkpoint, read off its keys and shapes -> TransformerConfig.
+def load_backbone(path, **changes):
+    """The pre-trained transformer in a checkpoint of ours or in a released one -> VideoTransformer.
 
-    Raises ValueError for an arrangement of attention blocks that no layout has.
+    changes: fields of its TransformerConfig to set otherwise, such as dropout. UserError names any other file.
     """
-    prefix = "backbone.transformer.resblocks."
-    places = [key[len(prefix):].split(".") for key in state if key.startswith(prefix)]
-    queries = {(int(p[0]), int(p[2]), int(p[4])) for p in places if p[1] == "attention_blocks" and p[3] == "attentions"}
-    blocks = 1 + max((q[1] for q in queries), default=-1)
-    patterns = [sum(q[:2] == (0, block) for q in queries) for block in range(blocks)]  # of the first layer
-    layout = next((name for name in LAYOUTS
-                   if [len(block.split("|")) for block in name.split(",")] == patterns), None)
-    if layout is None:
-        raise ValueError(f"no layout has attention blocks of {patterns} patterns")
-    pre_norm = "backbone.ln_post.weight" in state
-    dense = f"{prefix}0.attention_blocks.0.{'' if pre_norm else 'output.'}dense.weight"
-    rows, dim = state["backbone.embedding.weight"].shape
-    size = {axis: len(state[f"backbone.positional_embedding.{axis}_pos_embedding"])
-            for axis in ("temporal", "height", "width")}
-    heads = max(1, dim // 64)
-    return TransformerConfig(
-        layers=1 + max(q[0] for q in queries), dim=dim, heads=heads, head_dim=state[dense].shape[1] // heads,
-        mlp_dim=len(state[f"{prefix}0.mlp.c_fc.weight"]), frames=size["temporal"], height=size["height"],
-        width=size["width"], vocab_size=rows - SPECIAL, layout=layout, pre_norm=pre_norm)
-
-
-def read_checkpoint(path):
-    """A checkpoint's dictionary, read without running anything that the file says.
-
-    Raises ValueError, naming the file, for a file that holds more than tensors and plain values.
-    """
-    try:
-        return torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # torch's unpickler meets damaged files with errors of many kinds
-        raise ValueError(f"{path} is not a checkpoint of plain tensors ({type(error).__name__})") from error
-
-
-def load_backbone(path):
-    """The pre-trained transformer in a checkpoint of ours or in a released one -> VideoTransformer."""
     checkpoint = read_checkpoint(path)
     if "transformer" not in checkpoint:
-        try:
-            return VideoTransformer.from_released(checkpoint)
-        except (KeyError, ValueError) as error:
-            raise ValueError(f"{path} is neither a checkpoint of this project nor a released VIMPAC one: "
-                             f"{f'it lacks {error}' if isinstance(error, KeyError) else error}") from error
-    model = VideoTransformer(TransformerConfig(**checkpoint["transformer"]))
-    model.load_state_dict({key.removeprefix("backbone."): value for key, value in checkpoint["model"].items()
-                           if key.startswith("backbone.")})
+        with released.reading(path):
+            return VideoTransformer.from_released(checkpoint, **changes)
+    model = VideoTransformer(TransformerConfig(**{**checkpoint["transformer"], **changes}))
+    load_weights(model, {key.removeprefix("backbone."): value for key, value in checkpoint["model"].items()
+                         if key.startswith("backbone.")}, path)
     return model
 
 

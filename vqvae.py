@@ -6,11 +6,7 @@
 
 Shapes: N frames, S frame side in pixels, h = w = S/8, K codes, c dimensions of a code.
 """
-import hashlib
 import math
-import os
-import sys
-import time
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -20,9 +16,13 @@ import torch.nn.functional as F
 from torch import nn
 
 import data
-import training
 from dalle import DalleVAE
-from training import option
+from plumbing import cli
+from plumbing.annotations import DATASETS, class_names, frame_spans, list_videos
+from plumbing.cli import UserError, option
+from plumbing.processes import leave_group, pick_device, seed_all
+from plumbing.runs import learning_rate, read_checkpoint, save_checkpoint
+from plumbing.tokenizing import frames_at_once, tokenize
 
 
 class Codebook(nn.Module):
@@ -65,7 +65,7 @@ class Codebook(nn.Module):
         distance = torch.full((len(z),), math.inf, device=z.device)
         while len(chosen) < len(self.codes):
             distance = torch.minimum(distance, (z - chosen[-1]).square().sum(dim=1))  # (n,)
-            chosen.append(z[torch.multinomial(distance, 1)[0]])
+            chosen.append(z[torch.multinomial(distance.clamp(min=1e-20), 1)[0]])  # also where all inputs are chosen
         self.codes.copy_(torch.stack(chosen))
         self.total.copy_(self.codes)
         self.count.fill_(1)
@@ -80,7 +80,7 @@ class Codebook(nn.Module):
         self.total.lerp_(total, 1 - self.decay)
         self.codes.copy_(self.total / self.count.clamp(min=1e-5)[:, None])
         even = self.count.sum() / len(self.count)
-        dead = self.count < 0.1 * even * min(1.0, len(z) / len(self.count))
+        dead = self.count < 0.1 * even
         if dead.any():
             distance = (z - self.codes[index]).square().sum(dim=1) + 1e-10  # (n,)
             inputs = z[torch.multinomial(distance, int(dead.sum()), replacement=True)]
@@ -104,7 +104,7 @@ class VQVAE(nn.Module):
     def __init__(self, codes=128, width=128, code_dim=16):
         super().__init__()
         self.settings = {"codes": codes, "width": width, "code_dim": code_dim}
-        self.vocab_size = codes
+        self.vocab_size, self.arithmetic = codes, "float32"
         self.encoder = nn.Sequential(                # (N, 3, S, S)
             nn.PixelUnshuffle(8),                    # (N, 192, h, w)
             nn.Conv2d(3 * 64, width, 1),
@@ -153,31 +153,19 @@ def to_pixels(frames):
     return frames.permute(0, 3, 1, 2).float() / 127.5 - 1
 
 
-def fingerprint(tokenizer):
-    """Twelve hexadecimal digits that change with any weight -> str."""
-    digest = hashlib.sha256()
-    for key, value in sorted(tokenizer.state_dict().items()):
-        digest.update(key.encode() + value.detach().cpu().contiguous().numpy().tobytes())
-    return digest.hexdigest()[:12]
-
-
 def load_tokenizer(path):
     """A tokenizer that `train` saved -> VQVAE, or DALL-E's encoder.pkl -> DalleVAE; ready to encode.
 
-    A decoder.pkl beside an encoder.pkl is loaded too. Raises ValueError for a file that is neither.
+    A decoder.pkl beside an encoder.pkl is loaded too. Raises UserError for a file that is neither.
     """
     path = Path(path)
     if path.suffix == ".pkl":
         decoder = path.with_name("decoder.pkl")
         return DalleVAE.from_pickles(path, decoder if decoder.is_file() else None)
-    try:
-        content = torch.load(path, map_location="cpu", weights_only=True)
-        settings = content["vqvae"]
-    except FileNotFoundError:
-        raise
-    except Exception as error:  # torch's unpickler meets other files with errors of many kinds
-        raise ValueError(f"{path} holds no tokenizer (python vqvae.py train makes one)") from error
-    tokenizer = VQVAE(**settings)
+    content = read_checkpoint(path)
+    if "vqvae" not in content:
+        raise UserError(f"{path} holds no tokenizer (python vqvae.py train makes one)")
+    tokenizer = VQVAE(**content["vqvae"])
     tokenizer.load_state_dict(content["model"])
     return tokenizer.eval()
 
@@ -185,34 +173,15 @@ def load_tokenizer(path):
 # ---------------------------------------------------------------- training one
 
 
-def sample_frames(videos, fps, size, most, workers):
-    """Frames spread evenly over a list of paths, for training a tokenizer -> uint8 (N, S, S, 3), errors [str]."""
-    chosen = [videos[i] for i in np.linspace(0, len(videos) - 1, min(len(videos), 1000)).round().astype(int)]
-    each = math.ceil(most / len(chosen))  # frames a video
-    frames, errors = [], []
-    decoded = data.decode_all(chosen, lambda path: data.read_frames(path, fps, size), workers)
-    for _, result in data.progress(decoded, "reading frames", len(chosen), " videos"):
-        if isinstance(result, data.VideoError):
-            errors.append(str(result))
-        else:
-            frames.append(result[np.linspace(0, len(result) - 1, min(each, len(result))).round().astype(int)])
-    if not frames:
-        raise ValueError("none of the videos could be decoded: " + "; ".join(errors[:3]))
-    frames = np.concatenate(frames)
-    if len(frames) < 20:
-        raise ValueError(f"{len(frames)} frames are too few to train a tokenizer: give more videos or a larger --fps")
-    return frames, errors
-
-
 def train_tokenizer(frames, codes, steps, batch, lr, seed, device):
     """Trains on uint8 frames (N, S, S, 3) by reconstruction error + 0.25 x commitment loss -> VQVAE."""
-    training.seed_all(seed)
+    seed_all(seed)
     tokenizer = VQVAE(codes).to(device).train()
     optimizer = torch.optim.AdamW(tokenizer.parameters(), lr=lr, weight_decay=0)
     frames = torch.from_numpy(frames)
-    bar = data.progress(range(steps), "training the tokenizer", unit=" steps")
+    bar = cli.progress(range(steps), "training the tokenizer", unit=" steps")
     for step in bar:
-        training.set_learning_rate(optimizer, training.learning_rate(step, steps, lr, warmup=0.05))
+        optimizer.param_groups[0]["lr"] = learning_rate(step, steps, lr, warmup=0.05)
         error, commitment, index = tokenizer(frames[torch.randint(len(frames), (batch,))].to(device))
         optimizer.zero_grad()
         (error + 0.25 * commitment).backward()
@@ -231,7 +200,7 @@ def psnr(error):
 def measure(tokenizer, frames, batch=256):
     """How good a tokenizer is on uint8 frames (N, S, S, 3) -> dict of error, psnr (dB), perplexity, codes_used."""
     errors, counts = 0.0, torch.zeros(tokenizer.vocab_size)
-    for part in torch.from_numpy(frames).split(batch):
+    for part in torch.from_numpy(frames).split(frames_at_once(batch, frames.shape[1])):
         tokens = tokenizer.encode(part)
         decoded = tokenizer.decode(tokens).cpu()
         errors += (to_pixels(decoded) - to_pixels(part)).square().mean().item() * len(part)
@@ -244,88 +213,19 @@ def measure(tokenizer, frames, batch=256):
 
 def save_tokenizer(tokenizer, path):
     Path(path).parent.mkdir(parents=True, exist_ok=True)
-    training.save(path, {"vqvae": tokenizer.settings, "model": tokenizer.state_dict()})
+    save_checkpoint(path, {"vqvae": tokenizer.settings, "model": tokenizer.state_dict()})
 
 
-def report(measures):
-    return (f"reconstruction error {measures['error']:.4f}, PSNR {measures['psnr']:.1f} dB, "
-            f"perplexity {measures['perplexity']:.0f}, codes used {100 * measures['codes_used']:.0f}%")
-
-
-# ---------------------------------------------------------------- tokenising with one
-
-
-def views_for(kind, size, dataset=None):
-    """The views that are cut from each video, as (shorter side, crop, flip): see data.read_views.
-
-    pretrain: the centre. train: 2 resizes x 3 crops x 2 flips, 12 in all. test: 3 crops. Something-Something tells left
-    from right, so it is never flipped, and is tested on the centre alone.
-    """
-    crops, flips = ("top-left", "center", "bottom-right"), (False,) if dataset == "ssv2" else (False, True)
-    if kind == "pretrain" or (kind == "test" and dataset == "ssv2"):
-        return [(size, "center", False)]
-    if kind == "train":
-        return [(resize, crop, flip) for resize in (size, size + size // 4) for crop in crops for flip in flips]
-    return [(size, crop, False) for crop in crops]
-
-
-def tokenize(tokenizer, videos, root, out, fps, size, views, name, classes=None, spans=None, workers=None, batch=256):
-    """Decodes and tokenises videos into a token store; what an earlier call wrote already is kept.
-
-    videos: [(path, {label set: class})]. root: what names in the store are relative to. views: from `views_for`.
-    name: what the store's header calls the tokenizer. spans: {path: (first, last)} from `data.frame_spans`.
-    Files that cannot be decoded are listed in out/errors.txt.
-    Returns (videos in the store, [error]).
-    """
-    rank, world = training.rank_and_world()
-    root = os.path.abspath(root)
-    header = {"tokenizer": name, "fingerprint": fingerprint(tokenizer), "vocab_size": tokenizer.vocab_size, "fps": fps,
-              "size": size, "height": size // 8, "width": size // 8, "views": views, "root": root, "classes": classes}
-    writer = data.StoreWriter(out, header, rank)
-    todo = {}
-    for number, (path, labels) in enumerate(videos):
-        relative = os.path.relpath(path, root)
-        if number % world == rank and relative not in writer.done:
-            todo[path] = (number, relative, labels)
-    errors, waiting = [], []
-
-    def flush():
-        frames = torch.from_numpy(np.concatenate([f.reshape(-1, size, size, 3) for _, f in waiting]))
-        tokens = torch.cat([tokenizer.encode(part) for part in frames.split(batch)]).cpu().numpy()
-        for path, f in waiting:
-            own, tokens = np.split(tokens, [len(views) * f.shape[1]])
-            number, relative, labels = todo[path]
-            writer.add(number, relative, own.reshape(len(views), -1, *own.shape[1:]), labels)
-        waiting.clear()
-
-    def read(path):
-        return data.read_views(path, fps, size, views, (spans or {}).get(path))
-
-    bar = data.progress(data.decode_all(todo, read, workers or os.cpu_count()), "tokenising", len(todo), " videos",
-                        show=rank == 0)
-    start, frames_done = time.perf_counter(), 0
-    for path, result in bar:
-        if isinstance(result, data.VideoError):
-            errors.append(str(result))
-        else:
-            waiting.append((path, result))
-        frames = sum(f.shape[0] * f.shape[1] for _, f in waiting)
-        if frames >= batch:
-            flush()
-            frames_done += frames
-            bar.set_postfix_str(f"{frames_done / (time.perf_counter() - start):.0f} frames/s", refresh=False)
-    if waiting:
-        flush()
-    writer.close()
-    data.write_whole(Path(out) / f"errors-{rank:05d}.txt", "".join(f"{line}\n" for line in errors))
-    training.wait_for_all()
-    parts = sorted(Path(out).glob("errors-*.txt"))
-    errors = [line for part in parts for line in part.read_text().splitlines()]
-    if rank == 0:
-        data.write_whole(Path(out) / "errors.txt", "".join(f"{line}\n" for line in errors))
-        writer.finish()
-    training.wait_for_all()
-    return len(videos) - len(errors), errors
+def make_tokenizer(videos, path, fps, size, frames, **training):
+    """Trains a tokenizer on so many frames of videos (paths), saves it and measures it on every twentieth, held out
+    -> what to say of it, what could not be read [str]."""
+    frames, errors = data.sample_frames(videos, fps, size, frames)
+    held_out, frames = frames[::20], frames[np.arange(len(frames)) % 20 > 0]
+    tokenizer = train_tokenizer(frames, **training)
+    save_tokenizer(tokenizer, path)
+    found = measure(tokenizer, held_out)
+    return (f"reconstruction error {found['error']:.4f}, PSNR {found['psnr']:.1f} dB, perplexity {found['perplexity']:.0f}"
+            f", codes used {100 * found['codes_used']:.0f}% (on {len(held_out)} frames held out)"), errors
 
 
 # ---------------------------------------------------------------- command line
@@ -336,7 +236,7 @@ class TrainConfig:
     videos: str = option("", "folder of videos to train on")
     out: str = option("vqvae.pt", "where to save the tokenizer")
     codes: int = option(1024, "size of the codebook")
-    frame_size: int = option(128, "frame side in pixels, a multiple of 8")
+    frame_size: int = option(128, "frame side in pixels, of which a token covers 8 x 8", multiple=8)
     fps: float = option(2.0, "frames a second to read")
     frames: int = option(20000, "how many frames to train on, spread over the videos")
     steps: int = option(3000, "training steps")
@@ -345,77 +245,53 @@ class TrainConfig:
     seed: int = option(0, "random seed")
     device: str = option("auto", "auto, cuda, mps or cpu")
 
-    def __post_init__(self):
-        check_size(self.frame_size)
-
 
 @dataclass
 class TokenizeConfig:
     videos: str = option("", "folder of videos, without labels (short for --dataset folder --root DIR)")
-    dataset: str = option("folder", "how the videos are listed", choices=list(data.DATASETS))
+    dataset: str = option("folder", "how the videos are listed", choices=list(DATASETS))
     root: str = option("", "the dataset's folder")
     split: str = option("train", "which split (train1 to test3 of UCF101 and HMDB51)")
     views: str = option("pretrain", "which views of each video", choices=["pretrain", "train", "test"])
     tokenizer: str = option("vqvae.pt", "file of the tokenizer")
     out: str = option("tokens", "folder of the token store")
-    frame_size: int = option(128, "frame side in pixels, a multiple of 8")
+    frame_size: int = option(128, "frame side in pixels, of which a token covers 8 x 8", multiple=8)
     fps: float = option(0.0, "frames a second to keep (0: 2 for the view pretrain, 16 for train and test)")
     workers: int = option(0, "ffmpeg processes (0: one a core)")
-    batch: int = option(256, "frames a batch of the tokenizer")
+    batch: int = option(256, "frames a batch of the tokenizer (of more than 128 x 128 pixels: fewer)", least=1)
     device: str = option("auto", "auto, cuda, mps or cpu")
 
     def __post_init__(self):
-        check_size(self.frame_size)
         self.fps = self.fps or (2.0 if self.views == "pretrain" else 16.0)
 
 
-def check_size(size):
-    if size < 8 or size % 8:
-        raise ValueError(f"--frame-size {size}: it must be a multiple of 8, because a token covers 8x8 pixels")
-
-
 def train_command(config):
-    with training.refusals():
-        videos = [path for path, _ in data.list_videos("folder", config.videos, "")]
-        device = training.pick_device(config.device)
-        frames, errors = sample_frames(videos, config.fps, config.frame_size, config.frames, os.cpu_count())
+    videos = [path for path, _ in list_videos("folder", config.videos, "")]
+    found, errors = make_tokenizer(
+        videos, config.out, config.fps, config.frame_size, config.frames, codes=config.codes, steps=config.steps,
+        batch=config.batch, lr=config.lr, seed=config.seed, device=pick_device(config.device))
     for line in errors:
         print(f"skipped {line}")
-    held_out, frames = frames[::20], frames[np.arange(len(frames)) % 20 > 0]
-    tokenizer = train_tokenizer(frames, config.codes, config.steps, config.batch, config.lr, config.seed, device)
-    save_tokenizer(tokenizer, config.out)
-    print(f"{config.out}: {report(measure(tokenizer, held_out))} (on {len(held_out)} frames held out)")
+    print(f"{config.out}: {found}")
 
 
 def tokenize_command(config):
-    with training.refusals():
-        dataset, root = ("folder", config.videos) if config.videos else (config.dataset, config.root)
-        videos = [(path, {} if label is None else {"label": label})
-                  for path, label in data.list_videos(dataset, root, config.split)]
-        device = training.pick_device(config.device)
-        tokenizer = load_tokenizer(config.tokenizer).to(device)
-        classes = data.class_names(dataset, root)
-        count, errors = tokenize(tokenizer, videos, root, config.out, config.fps, config.frame_size,
-                                 views_for(config.views, config.frame_size, dataset), Path(config.tokenizer).name,
-                                 classes={"label": classes} if classes else None,
-                                 spans=data.frame_spans(dataset, root, config.split), workers=config.workers,
-                                 batch=config.batch)
-    for line in errors:
-        training.say(f"skipped {line}")
-    training.say(f"{config.out}: {count} videos tokenised, {len(errors)} could not be decoded")
+    dataset, root = ("folder", config.videos) if config.videos else (config.dataset, config.root)
+    videos = [(path, {} if label is None else {"label": label})
+              for path, label in list_videos(dataset, root, config.split)]
+    tokenizer = load_tokenizer(config.tokenizer).to(pick_device(config.device))
+    classes = class_names(dataset, root)
+    tokenize(tokenizer, videos, root, config.out, config.fps, config.frame_size,
+             data.views_for(config.views, config.frame_size, dataset), Path(config.tokenizer).name,
+             {"label": classes} if classes else None, frame_spans(dataset, root, config.split), config.workers,
+             config.batch)
 
 
 def main():
-    commands = {"train": (TrainConfig, train_command), "tokenize": (TokenizeConfig, tokenize_command)}
-    if len(sys.argv) < 2 or sys.argv[1] not in commands:
-        print(__doc__ if set(sys.argv[1:]) & {"-h", "--help"} else
-              "vqvae.py: say what to do: vqvae.py train or vqvae.py tokenize (--help after either shows its flags)",
-              file=sys.stderr)
-        sys.exit(0 if set(sys.argv[1:]) & {"-h", "--help"} else 2)
-    config_class, command = commands[sys.argv[1]]
-    command(training.parse(config_class, sys.argv[2:], __doc__, prog=f"vqvae.py {sys.argv[1]}"))
-    training.leave_group()
+    command, config = cli.parse_command({"train": TrainConfig, "tokenize": TokenizeConfig}, __doc__)
+    {"train": train_command, "tokenize": tokenize_command}[command](config)
+    leave_group()
 
 
 if __name__ == "__main__":
-    main()
+    cli.run(main)

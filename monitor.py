@@ -1,0 +1,142 @@
+"""Is it learning? Both losses on held-out videos, kNN accuracy of CLS, and what the model fills in (Fig. 5).
+
+Shapes: n videos, T frames of a clip, H x W tokens a frame, S frame side in pixels, d hidden size.
+"""
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+
+import data
+import masking
+from plumbing.cli import UserError
+from plumbing.decoding import read_frames
+from plumbing.pictures import chequered, draw_curves, enlarged
+from plumbing.processes import autocast, one_seed, rank_and_world, sum_over_all
+from plumbing.runs import read_metrics
+from plumbing.tokens import PAD
+
+# ---------------------------------------------------------------- the two tasks, on videos held out
+
+
+@torch.no_grad()
+def evaluate(losses, model, config, store, videos, precision):
+    """`pretrain.losses` on held-out videos, without dropout, on the same clips and masks each time -> {metric: float}.
+
+    Called by all processes. Where there are fewer videos than processes, the result is empty.
+    """
+    rank, world = rank_and_world()
+    n = min(config.batch // config.accumulate, len(videos)) // world * world  # told apart at a time
+    if n == 0:
+        return {}
+    pairs, groups, total = config.pairs(store), len(videos) // n, 0
+    generator = torch.Generator().manual_seed(one_seed(config.seed))
+    was_training = model.training
+    model.eval()
+    for items in data.Batches(videos, n, groups, seed=config.seed, rank=rank, world=world):
+        clips = torch.from_numpy(np.stack([pairs[item] for item in items]))  # (n / world, 2, T, H, W)
+        with autocast(model.backbone.cls.device, precision):
+            measures = losses(model, config, clips, store.header["vocab_size"], generator)[1]
+        total = total + torch.stack(list(measures.values()))
+    model.train(was_training)
+    means = (sum_over_all(total) / groups / world).tolist()
+    return {f"held_out_{name}": mean for name, mean in zip(measures, means)}
+
+
+# ---------------------------------------------------------------- kNN accuracy
+
+
+def knn_accuracies(backbone, folder, fps, k):
+    """kNN accuracy on every label set of the token stores in a folder -> {"knn_<labels>": float}.
+
+    Neighbours come from the store train (or train1), queries from val, or where there is none from test (or test1).
+    fps: frames a second of the clips that the model was trained on. k: how many neighbours vote.
+    """
+    stores = data.open_store(folder, "train", "train1"), data.open_store(folder, "val", "test", "test1")
+    features = [clip_features(backbone, store, fps) for store in stores]
+    result = {}
+    for name in stores[0].label_sets():
+        labels = [torch.tensor(store.labels(name), dtype=torch.long, device=features[0].device) for store in stores]
+        result[f"knn_{name}"] = knn_accuracy(features[0], labels[0], features[1], labels[1], k)
+    return result
+
+
+@torch.no_grad()
+def clip_features(backbone, store, fps, batch=64):
+    """CLS of the middle clip of every video, its centre view, unmasked -> float32 (videos, d), normalised."""
+    config, device = backbone.config, backbone.cls.device
+    if store.header["vocab_size"] != config.vocab_size:
+        raise UserError(f"{store.path} holds {store.header['vocab_size']} codes, the model knows {config.vocab_size}")
+    middle = data.EvenClips(store, config.frames, data.stride_for(store, fps), 1, [store.center_view()])
+    clips = torch.from_numpy(np.concatenate([middle[video] for video in range(len(store))]))  # (videos, T, H, W)
+    was_training = backbone.training
+    backbone.eval()
+    features = [F.normalize(backbone(part.to(device))[0].float(), dim=1) for part in clips.split(batch)]
+    backbone.train(was_training)
+    return torch.cat(features)
+
+
+def knn_accuracy(features, labels, queries, truth, k, temperature=0.07):
+    """k nearest neighbours by cosine, votes weighted by exp(similarity / temperature) -> share right, float.
+
+    features: (n, d) and queries: (m, d), normalised. labels: int64 (n,). truth: int64 (m,).
+    """
+    similarity, nearest = (queries @ features.t()).topk(min(k, len(features)), dim=1)  # (m, k)
+    votes = torch.zeros(len(queries), int(labels.max()) + 1, device=queries.device)
+    votes.scatter_add_(1, labels[nearest], (similarity / temperature).exp())  # (m, classes)
+    return (votes.argmax(dim=1) == truth).float().mean().item()
+
+
+def report(out, held_out):
+    """curves.png of a run, and its last measurements as lines. held_out: how many videos were kept out of training."""
+    records = read_metrics(out)
+    names = sorted({key for record in records for key in record if key.startswith("knn_")})
+    draw_curves(out, {
+        "masked-token accuracy": {"training": "mask_accuracy", "held out": "held_out_mask_accuracy"},
+        "contrastive loss (with gamma)": {"training": "contrastive_loss", "held out": "held_out_contrastive_loss"},
+        "kNN accuracy": {name.removeprefix("knn_"): name for name in names}})
+    prefix, where = ("held_out_", f"{held_out} held-out") if held_out else ("", "training")
+    for record in [record for record in records if f"{prefix}mask_accuracy" in record][-1:]:
+        print(f"mask accuracy {100 * record[f'{prefix}mask_accuracy']:.1f}%  "
+              f"contrastive loss {record[f'{prefix}contrastive_loss']:.3f}  ({where} videos)")
+    for name in names:
+        values = [record[name] for record in records if name in record]
+        print(f"kNN on {name.removeprefix('knn_')}: {100 * values[-1]:.1f}% (untrained: {100 * values[0]:.1f}%)")
+
+
+# ---------------------------------------------------------------- Figure 5
+
+
+@torch.no_grad()
+def fill_in(model, tokenizer, store, videos, fps, generator, **masks):
+    """Fig. 5 for some videos of a store: original, after the tokenizer, masked, filled in
+    -> uint8 (videos, 4, T, S, S, 3). fps: frames a second of the clips. masks: as for `masking.prepare`."""
+    model.eval()
+    device, frames = model.backbone.cls.device, model.backbone.config.frames
+    view, vocab_size = store.center_view(), store.header["vocab_size"]
+    middle = data.EvenClips(store, frames, data.stride_for(store, fps), 1, [view])
+    pictures = []
+    for video in videos:
+        tokens, inputs, mask, _ = masking.prepare(torch.from_numpy(middle[video])[None], vocab_size,
+                                                  generator=generator, **masks)  # (1, T, H, W) each
+        hidden = mask.flatten().nonzero().squeeze(1)  # (M,)
+        logits, _ = model(inputs.to(device), hidden.to(device))  # (M, V + 5)
+        filled = tokens.flatten().index_put((hidden,), logits[:, :vocab_size].argmax(dim=1).cpu()).view_as(tokens)
+        pad = tokens == vocab_size + PAD
+        decoded, restored = (tokenizer.decode(t.masked_fill(pad, 0)[0]).cpu().numpy() for t in (tokens, filled))
+        rows = np.stack([original_frames(store, video, view, middle), decoded,
+                         chequered(decoded, mask[0].numpy()), restored])  # (4, T, S, S, 3)
+        rows[:, enlarged(pad[0].numpy(), rows.shape[2])] = 255
+        pictures.append(rows)
+    return np.stack(pictures)
+
+
+def original_frames(store, video, view, clips):
+    """The pixels that the only clip of `clips` (an EvenClips) was made from -> uint8 (T, S, S, 3); the last frame again
+    beyond the video's end."""
+    resize, crop, flip = store.header["views"][view]
+    path, size = Path(store.header["root"]) / store.name(video), store.header["size"]
+    frames = read_frames(path, store.header["fps"], size, crop, flip, resize)
+    places = clips.starts(len(frames))[0] + np.arange(clips.frames) * clips.stride
+    return frames[places.clip(max=len(frames) - 1)]

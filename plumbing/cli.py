@@ -1,0 +1,117 @@
+"""A configuration dataclass -> flags with help, ranges, errors of one line; and progress bars."""
+import argparse
+import sys
+from dataclasses import MISSING, field, fields
+from pathlib import Path
+from types import UnionType
+from typing import get_args
+
+from tqdm import tqdm
+
+
+class UserError(ValueError):
+    """What the user can mend. Its text is one line that says what is wrong and what would be right."""
+
+
+def run(main):
+    """Calls a script's main. A UserError ends with its line and exit code 2; anything else with its traceback."""
+    try:
+        main()
+    except UserError as error:
+        print(f"{Path(sys.argv[0]).name}: {error}", file=sys.stderr)
+        sys.exit(2)
+
+
+def option(default, help, choices=None, least=None, multiple=None):
+    """A field of a configuration dataclass that becomes a flag with a line of help. least: its smallest value.
+    multiple: what it is a multiple of."""
+    return field(default=default, metadata={"help": help, "choices": choices, "least": least, "multiple": multiple})
+
+
+def check_ranges(config):
+    """Raises UserError, naming the flag, for a field that is out of its range."""
+    for f in fields(config):
+        value, least, multiple = getattr(config, f.name), f.metadata["least"], f.metadata["multiple"]
+        if least is not None and value < least:
+            raise UserError(f"{flag(f)} must be at least {least}, not {value}")
+        if multiple is not None and (value < multiple or value % multiple):
+            raise UserError(f"{flag(f)} must be a multiple of {multiple}, not {value}")
+
+
+def flag(f):
+    return "--" + f.name.replace("_", "-")
+
+
+class Parser(argparse.ArgumentParser):
+    def error(self, message):
+        """One line, no usage: with fifty flags the usage would hide what was wrong."""
+        print(f"{Path(self.prog).name}: {message}", file=sys.stderr)
+        sys.exit(2)
+
+
+def parse(config_class, argv, description, presets=None, chosen_by="preset", prog=None):
+    """The command line as a configuration: every field is a flag, underscores written as dashes.
+
+    presets: {name: {field: value}}, chosen by the flag of the field `chosen_by`; flags given beside it win. --help
+    shows the values in force: those of the preset, and those that the configuration itself fills in.
+    A UserError from the configuration's __post_init__ ends like any wrong value: one line, exit code 2.
+    """
+    chosen = {}
+    if presets:
+        early = Parser(prog, add_help=False, allow_abbrev=False)
+        early.add_argument("--" + chosen_by, choices=list(presets), default=getattr(config_class, chosen_by))
+        name = getattr(early.parse_known_args(argv)[0], chosen_by)
+        chosen = {chosen_by: name, **presets[name]}
+    in_force = config_class(**chosen)
+    parser = Parser(prog, description=description, formatter_class=argparse.RawDescriptionHelpFormatter,
+                    allow_abbrev=False)
+    own = config_class.__annotations__
+    for f in sorted(fields(config_class), key=lambda f: f.name not in own):  # inherited ones last
+        assert f.default is not MISSING, f"{f.name} needs a default"
+        value, text = getattr(in_force, f.name), f.metadata["help"].replace("%", "%%")
+        text += "" if value in (None, "") else f" (default: {value})"
+        kind = next(k for k in get_args(f.type) if k is not type(None)) if isinstance(f.type, UnionType) else f.type
+        if kind is bool:
+            parser.add_argument(flag(f), action=argparse.BooleanOptionalAction, default=f.default, help=text)
+        else:
+            parser.add_argument(flag(f), type=kind, default=f.default, choices=f.metadata["choices"], help=text,
+                                metavar=None if f.metadata["choices"] else kind.__name__.upper())
+    parser.set_defaults(**chosen)
+    args = parser.parse_args(argv)
+    try:
+        config = config_class(**vars(args))
+        check_ranges(config)
+        return config
+    except UserError as error:
+        parser.error(error)
+
+
+def parse_command(config_classes, description):
+    """The command line of a script with several commands, {name: configuration class} -> name, configuration."""
+    script, asked = Path(sys.argv[0]).name, sys.argv[1] if len(sys.argv) > 1 else ""
+    if asked in ("-h", "--help"):
+        print(description)
+        sys.exit(0)
+    if asked not in config_classes:
+        raise UserError(f"say what to do: {' or '.join(f'{script} {name}' for name in config_classes)} "
+                        f"(--help after either shows its flags)")
+    return asked, parse(config_classes[asked], sys.argv[2:], description, prog=f"{script} {asked}")
+
+
+class _Lines:
+    """A file for tqdm that prints each state of the bar as a line of its own, where no terminal redraws it."""
+
+    def write(self, text):
+        if text.strip():
+            print(text.strip(), file=sys.stderr, flush=True)
+
+    def flush(self):
+        sys.stderr.flush()
+
+
+def progress(iterable=None, text="", total=None, unit="it", show=True):
+    """A tqdm bar on a terminal, a line every ten seconds elsewhere."""
+    if sys.stderr.isatty():
+        return tqdm(iterable, text, total, unit=unit, disable=not show, dynamic_ncols=True)
+    return tqdm(iterable, text, total, unit=unit, disable=not show, file=_Lines(), mininterval=10, maxinterval=60,
+                ascii=True, ncols=100)

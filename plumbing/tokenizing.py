@@ -1,0 +1,79 @@
+"""A list of videos -> a token store: decoding, encoding and writing side by side, by one process or many.
+
+Shapes: F frames of a video, S frame side in pixels.
+"""
+import hashlib
+import os
+import time
+
+import numpy as np
+import torch
+
+from plumbing.cli import progress
+from plumbing.decoding import VideoError, decode_all, read_views
+from plumbing.processes import rank_and_world, say, wait_for_all
+from plumbing.store import StoreWriter, write_text
+
+
+def fingerprint(tokenizer):
+    """Twelve hexadecimal digits that change with any weight -> str."""
+    digest = hashlib.sha256()
+    for key, value in sorted(tokenizer.state_dict().items()):
+        digest.update(key.encode() + value.detach().cpu().contiguous().numpy().tobytes())
+    return digest.hexdigest()[:12]
+
+
+def frames_at_once(batch, size):
+    """How many frames of `size` x `size` pixels to encode at once: `batch` of up to 128 x 128, fewer of larger ones."""
+    return max(1, min(batch, batch * 128 ** 2 // size ** 2))
+
+
+def tokenize(tokenizer, videos, root, out, fps, size, views, name, classes=None, spans=None, workers=None, batch=256):
+    """Decodes and tokenises videos into a token store; what an earlier call wrote already is kept.
+
+    videos: [(path, {label set: class})]. root: what names in the store are relative to. views: from `data.views_for`.
+    name: what the store's header calls the tokenizer. spans: {path: (first, last)} from `frame_spans`.
+    Files that cannot be decoded are listed in out/errors.txt, and said.
+    """
+    rank, world = rank_and_world()
+    root, at_once = os.path.abspath(root), frames_at_once(batch, size)
+    writer = StoreWriter(out, {
+        "tokenizer": name, "fingerprint": fingerprint(tokenizer), "arithmetic": tokenizer.arithmetic,
+        "vocab_size": tokenizer.vocab_size, "fps": fps, "size": size, "height": size // 8, "width": size // 8,
+        "views": views, "root": root, "classes": classes}, rank)
+    todo = {}
+    for number, (path, labels) in enumerate(videos):
+        relative = os.path.relpath(path, root)
+        if number % world == rank and relative not in writer.done:
+            todo[path] = (number, relative, labels)
+    decoded = decode_all(todo, lambda path: read_views(path, fps, size, views, (spans or {}).get(path)),
+                         workers or os.cpu_count())
+    errors, start, done = [], time.perf_counter(), 0
+    bar = progress(decoded, "tokenising", len(todo), " videos", show=rank == 0)
+    for path, frames in bar:
+        if isinstance(frames, VideoError):
+            errors.append(str(frames))
+            continue
+        parts = torch.from_numpy(frames.reshape(-1, size, size, 3)).split(at_once)
+        tokens = torch.cat([tokenizer.encode(part) for part in parts]).cpu().numpy()  # (views * F, H, W)
+        number, relative, labels = todo[path]
+        writer.add(number, relative, tokens.reshape(*frames.shape[:2], *tokens.shape[1:]), labels)
+        done += len(tokens)
+        bar.set_postfix_str(f"{done / (time.perf_counter() - start):.0f} frames/s", refresh=False)
+    finish_store(writer, errors, len(videos))
+
+
+def finish_store(writer, errors, videos):
+    """Called by all processes, each with its own errors, when all their tokens are written."""
+    writer.close()
+    write_text(writer.path / f"errors-{writer.rank:05d}.txt", "".join(f"{line}\n" for line in errors))
+    wait_for_all()
+    parts = sorted(writer.path.glob("errors-*.txt"))
+    errors = [line for part in parts for line in part.read_text().splitlines()]
+    if writer.rank == 0:
+        write_text(writer.path / "errors.txt", "".join(f"{line}\n" for line in errors))
+        writer.finish()
+    wait_for_all()
+    for line in errors:
+        say(f"skipped {line}")
+    say(f"{writer.path}: {videos - len(errors)} videos tokenised, {len(errors)} could not be decoded")
