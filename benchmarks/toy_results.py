@@ -2,13 +2,13 @@
 
     python benchmarks/toy_results.py               runs what is not in benchmarks/toy_results.json yet, prints a table
 
-Every run is one thread of its own, as many at a time as there are cores, so that it gives the same number on any number of
-cores; it is written down with the commit and the versions that it ran with as soon as it ends, so that the benchmark can be
-stopped and started again. Delete an entry to run it anew.
+Every run is a process of one thread, as many at a time as there are cores, so that it gives the same number on any number
+of cores; it is written down with its commit and versions as soon as it ends, so that the benchmark can be stopped and
+started again. Delete an entry to run it anew.
 
-Fine-tuning takes 600 steps on 400 labelled videos, 150 on fewer. From scratch it takes four times as many, as the paper's
-(Table 4, 1.5 to 4 times the epochs). Learning rate and warm-up from scratch are chosen on the validation split with seed 0,
-on motion, once with 400 labels and once, for all fewer, with 100; every other figure comes from the test split.
+Fine-tuning takes 600 steps on 400 labelled videos, 150 on fewer. From scratch it takes four times as many: the paper
+gives 1.5 to 4 times the epochs (Table 4). Learning rate and warm-up from scratch are chosen on the validation split with
+seed 0 on motion, once with 400 labels and once, for all fewer, with 100; the other figures come from the test split.
 """
 import concurrent.futures
 import json
@@ -19,6 +19,8 @@ import sys
 from pathlib import Path
 
 import numpy as np
+import torch
+import torch.nn.functional as F
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
@@ -48,7 +50,8 @@ def pretrain(seed):
     script("pretrain.py", "--seed", seed, "--out", out, "--precision", "fp32")
     watched = [record for record in read_metrics(out) if "held_out_mask_accuracy" in record]
     first, last = watched[0], watched[-1]
-    return {"mask accuracy": 100 * last["held_out_mask_accuracy"], "contrastive loss": last["held_out_contrastive_loss"],
+    return {"mask accuracy": 100 * last["held_out_mask_accuracy"],
+            "contrastive loss": last["held_out_contrastive_loss"],
             **{f"kNN {name}": 100 * last[f"knn_{name}"] for name in (*TASKS, "direction")},
             **{f"kNN {name}, untrained": 100 * first[f"knn_{name}"] for name in (*TASKS, "direction")}}
 
@@ -63,18 +66,18 @@ def finetune(labels, kind, few, seed, lr, warmup, split="test"):
     return float(re.search(r"top-1 ([\d.]+)%", out)[1])
 
 
+def one_frame(labels, seed):
+    return float(script("benchmarks/toy_results.py", "one-frame", labels, seed))
+
+
 def single_frame(labels, seed):
     """Top-1 on the test split of a small network that sees one frame: its tokens and where they are, in percent."""
-    import torch
-    import torch.nn.functional as F
-
     def frames(split, per_video):
         store = TokenStore(f"datasets/toy/tokens/{split}")
         tokens = [np.asarray(store.tokens(i)[::32 // per_video]) for i in range(len(store))]
         return torch.from_numpy(np.concatenate(tokens).astype(np.int64)).flatten(1), \
             torch.from_numpy(np.asarray(store.labels(labels), np.int64)).repeat_interleave(per_video)
     torch.manual_seed(seed)
-    torch.set_num_threads(1)
     (x, y), (test_x, test_y) = frames("pretrain", 8), frames("test", 4)
     table = torch.nn.EmbeddingBag(256 * 65, 64, mode="mean")  # one row a code, and one a code and place
     places = 256 * (1 + torch.arange(64))
@@ -101,9 +104,8 @@ def read():
 
 def run(jobs):
     """Runs the jobs {name: (function, arguments)} that are not in the results yet, and writes each down as it ends."""
-    import torch
-    git = subprocess.run(["git", "describe", "--always", "--dirty"], cwd=ROOT, capture_output=True, text=True, check=True)
-    origin = {"commit": git.stdout.strip(), "torch": torch.__version__, "numpy": np.__version__,
+    git = subprocess.check_output(["git", "describe", "--always", "--dirty"], cwd=ROOT, text=True)
+    origin = {"commit": git.strip(), "torch": torch.__version__, "numpy": np.__version__,
               "python": sys.version.split()[0]}
     missing = {name: job for name, job in jobs.items() if name not in read()}
     with concurrent.futures.ThreadPoolExecutor(os.cpu_count()) as pool:
@@ -134,18 +136,16 @@ def table():
     """The figures of the README: {row: {column: (mean, standard deviation, how many seeds)}}."""
     results = read()
 
-    def over_seeds(pick):
-        values = [value for value in map(pick, SEEDS) if value is not None]
+    def over_seeds(name, figure=None):
+        found = [results[name.format(seed)]["result"] for seed in SEEDS if name.format(seed) in results]
+        values = [result[figure] if figure else result for result in found]
         return (np.mean(values), np.std(values, ddof=1) if len(values) > 1 else 0.0, len(values)) if values else None
-    rows = {f"{kind}, {few or 400} labels": {
-        labels: over_seeds(lambda seed: results.get(name_of(labels, kind, few, seed), {}).get("result"))
-        for labels in TASKS} for few in (0, *reversed(FEW)) for kind in ("pre-trained", "from scratch")}
-    rows["one frame"] = {labels: over_seeds(lambda seed: results.get(f"{labels}, one frame, seed {seed}", {}).get("result"))
-                         for labels in TASKS}
+    rows = {f"{kind}, {few or 400} labels": {labels: over_seeds(name_of(labels, kind, few, "{}")) for labels in TASKS}
+            for few in (0, *reversed(FEW)) for kind in ("pre-trained", "from scratch")}
+    rows["one frame"] = {labels: over_seeds(f"{labels}, one frame, seed {{}}") for labels in TASKS}
     for end in ("", ", untrained"):
-        rows[f"kNN{end}"] = {labels: over_seeds(
-            lambda seed: results.get(f"pre-training, seed {seed}", {}).get("result", {}).get(f"kNN {labels}{end}"))
-            for labels in (*TASKS, "direction")}
+        rows[f"kNN{end}"] = {labels: over_seeds("pre-training, seed {}", f"kNN {labels}{end}")
+                             for labels in (*TASKS, "direction")}
     return rows
 
 
@@ -157,11 +157,15 @@ def jobs(kind, few, seeds=SEEDS):
 
 
 def main():
-    first, last = ({f"pre-training, seed {seed}": (pretrain, (seed,)) for seed in seeds} for seeds in (SEEDS[:2], SEEDS[2:]))
-    one_frame = {f"{labels}, one frame, seed {seed}": (single_frame, (labels, seed)) for labels in TASKS for seed in SEEDS}
-    run(first)
-    run(last | one_frame | {name: job for few in (*FEW, 0) for name, job in jobs("pre-trained", few, SEEDS[:2]).items()})
-    run({name: job for few in (*FEW, 0) for name, job in jobs("pre-trained", few).items()} | grid(100))
+    if sys.argv[1:2] == ["one-frame"]:
+        return print(single_frame(sys.argv[2], int(sys.argv[3])))
+    pretraining = {seed: {f"pre-training, seed {seed}": (pretrain, (seed,))} for seed in SEEDS}
+    frames = {f"{labels}, one frame, seed {seed}": (one_frame, (labels, seed)) for labels in TASKS for seed in SEEDS}
+    pretrained = {seed: {name: job for few in (*FEW, 0) for name, job in jobs("pre-trained", few, [seed]).items()}
+                  for seed in SEEDS}
+    run(pretraining[0] | pretraining[1])
+    run(pretraining[2] | frames | pretrained[0] | pretrained[1])
+    run(pretrained[2] | grid(100))
     run({name: job for few in FEW for name, job in jobs("from scratch", few).items()} | grid(0))
     run(jobs("from scratch", 0))
     for row, cells in table().items():
