@@ -39,7 +39,7 @@ class ProjectionHead(nn.Module):
     def __init__(self, dim, hidden, layers, out=256):
         super().__init__()
         widths = [dim] + [hidden] * (layers - 1)
-        self.hidden = nn.ModuleList(nn.Linear(a, b) for a, b in zip(widths, widths[1:]))
+        self.hidden = nn.ModuleList(nn.Linear(width, hidden) for width in widths[:-1])
         self.norms = nn.ModuleList(BatchNorm(hidden) for _ in self.hidden)
         self.out = nn.Linear(widths[-1], out, bias=False)
 

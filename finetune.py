@@ -20,8 +20,8 @@ from torch import nn
 from torch.utils.data import DataLoader
 
 import data
-from plumbing import cli, processes, runs
-from plumbing.cli import UserError, option
+from plumbing import processes, runs
+from plumbing.cli import UserError, option, parse, progress, run
 from plumbing.pictures import draw_confusion, draw_curves
 from plumbing.processes import move, rank_and_world, seed_all
 from plumbing.tokens import PAD
@@ -29,14 +29,13 @@ from transformer import VideoTransformer, load_backbone
 
 PAPER = dict(data="", lr=None, batch=128, warmup=0.1, weight_decay=0.01, labels="label", workers=4)
 DATASETS = {  # Table 4; scratch_epochs: how many times the epochs without pre-training
-    "toy": dict(),  # the defaults below
+    "toy": {},  # the defaults below
     "own": dict(PAPER, epochs=50.0, fps=2.0, scratch_epochs=4.0),  # any other: as for the small ones
     "ucf101": dict(PAPER, epochs=50.0, fps=2.0, scratch_epochs=4.0, split=1),
     "hmdb51": dict(PAPER, epochs=50.0, fps=4.0, scratch_epochs=4.0, split=1),
     "diving48": dict(PAPER, epochs=50.0, fps=4.0, scratch_epochs=4.0),
     "ssv2": dict(PAPER, epochs=22.0, fps=4.0, scratch_epochs=1.5),
-    "kinetics400": dict(PAPER, epochs=30.0, fps=2.0, scratch_epochs=1.5),
-}
+    "kinetics400": dict(PAPER, epochs=30.0, fps=2.0, scratch_epochs=1.5)}
 
 
 @dataclass
@@ -64,7 +63,6 @@ class Config(runs.RunSettings):
     log_every: int = option(25, "steps between two lines of metrics", least=1)
 
     def __post_init__(self):
-        super().__post_init__()
         if self.from_scratch and self.eval_only:
             raise UserError("--from-scratch --eval-only: there is nothing to test without training")
         if not 0 <= self.split <= 3:
@@ -131,7 +129,7 @@ def evaluate(model, store, config, device, precision):
     at_once = max(1, 64 // (store.views * config.clips))  # videos
     loader = DataLoader(clips, batch_size=at_once, sampler=own, num_workers=config.workers)
     result = torch.zeros(len(store), model.classifier.out_features, device=device)
-    for i, batch in enumerate(cli.progress(loader, "testing", len(loader), " batches", show=rank == 0)):
+    for i, batch in enumerate(progress(loader, "testing", len(loader), " batches", show=rank == 0)):
         with processes.autocast(device, precision):
             logits = model(batch.flatten(0, 1).to(device))  # (videos * clips, C)
         p = logits.float().softmax(dim=-1).unflatten(0, batch.shape[:2]).mean(dim=1)  # (videos, C)
@@ -156,16 +154,18 @@ def train(config, model, store, labels, device):
     """The whole of fine-tuning, from config.out/last.pt on where --resume asks for it."""
     videos = data.few_labels(store.labels(labels), config.few, config.seed)
     epochs = config.epochs * (config.scratch_epochs if config.from_scratch else 1)
-    run = runs.Run(config, model, len(videos), epochs, (0.9, 0.999), device)
-    clips = data.RandomClips(store, labels, model.backbone.config.frames, data.stride_for(store, config.fps), config.seed)
-    batches = data.Batches(videos, config.batch, run.steps, run.first, config.seed, run.rank, run.world)
-    loader = iter(DataLoader(clips, batch_sampler=batches, num_workers=config.workers))
+    training = runs.Run(config, model, len(videos), epochs, (0.9, 0.999), device)
+    frames, stride = model.backbone.config.frames, data.stride_for(store, config.fps)
+    samples = data.RandomClips(store, labels, frames, stride, config.seed)
+    batches = data.Batches(videos, config.batch, training.steps, training.first, config.seed, *rank_and_world())
+    loader = iter(DataLoader(samples, batch_sampler=batches, num_workers=config.workers))
     model.train()
-    for step in run.each_step("fine-tuning"):
+    for step in training.each_step("fine-tuning"):
         clips, truth = next(loader)  # (n, T, H, W), (n,)
         padded = bool((clips == store.header["vocab_size"] + PAD).any())
-        measures, lr = update(run.wrapped, config, clips, truth, padded, run.optimizer, run.precision, step)
-        run.record(step, measures, lr, "loss {loss:.3f} accuracy {train_accuracy:.1%}")
+        measures, lr = update(training.wrapped, config, clips, truth, padded, training.optimizer, training.precision,
+                              step)
+        training.record(step, measures, lr, "loss {loss:.3f} accuracy {train_accuracy:.1%}")
 
 
 def prepare(config, device):
@@ -194,7 +194,7 @@ def prepare(config, device):
 
 
 def main():
-    config = cli.parse(Config, sys.argv[1:], __doc__, DATASETS, chosen_by="dataset")
+    config = parse(Config, sys.argv[1:], __doc__, DATASETS, chosen_by="dataset")
     processes.launch(config.gpus)
     device = processes.pick_device(config.device)
     precision = processes.pick_precision(config.precision, device)
@@ -230,4 +230,4 @@ def report(config, store, p, labels, names):
 
 
 if __name__ == "__main__":
-    cli.run(main)
+    run(main)

@@ -1,5 +1,7 @@
 """Is it learning? Both losses on held-out videos, kNN accuracy of CLS, and what the model fills in (Fig. 5).
 
+What is called here leaves the model in evaluation mode.
+
 Shapes: n videos, T frames of a clip, H x W tokens a frame, S frame side in pixels, d hidden size.
 """
 from pathlib import Path
@@ -32,14 +34,12 @@ def evaluate(losses, model, config, store, videos, precision):
         return {}
     pairs, groups, total = config.pairs(store), len(videos) // n, 0
     generator = torch.Generator().manual_seed(one_seed(config.seed))
-    was_training = model.training
     model.eval()
     for items in data.Batches(videos, n, groups, seed=config.seed, rank=rank, world=world):
         clips = torch.from_numpy(np.stack([pairs[item] for item in items]))  # (n / world, 2, T, H, W)
         with autocast(model.backbone.cls.device, precision):
             measures = losses(model, config, clips, store.header["vocab_size"], generator)[1]
         total = total + torch.stack(list(measures.values()))
-    model.train(was_training)
     means = (sum_over_all(total) / groups / world).tolist()
     return {f"held_out_{name}": mean for name, mean in zip(measures, means)}
 
@@ -70,11 +70,8 @@ def clip_features(backbone, store, fps, batch=64):
         raise UserError(f"{store.path} holds {store.header['vocab_size']} codes, the model knows {config.vocab_size}")
     middle = data.EvenClips(store, config.frames, data.stride_for(store, fps), 1, [store.center_view()])
     clips = torch.from_numpy(np.concatenate([middle[video] for video in range(len(store))]))  # (videos, T, H, W)
-    was_training = backbone.training
     backbone.eval()
-    features = [F.normalize(backbone(part.to(device))[0].float(), dim=1) for part in clips.split(batch)]
-    backbone.train(was_training)
-    return torch.cat(features)
+    return torch.cat([F.normalize(backbone(part.to(device))[0].float(), dim=1) for part in clips.split(batch)])
 
 
 def knn_accuracy(features, labels, queries, truth, k, temperature=0.07):

@@ -26,10 +26,11 @@ import monitor
 import toy
 import vqvae
 from contrastive import ProjectionHead, info_nce
-from plumbing import cli, processes, released, runs
-from plumbing.cli import UserError, option
+from plumbing import processes, released, runs
+from plumbing.cli import UserError, option, parse, run
 from plumbing.pictures import save_fill_in
 from plumbing.processes import move, rank_and_world, say, seed_all, wait_for_all
+from plumbing.store import check_header
 from plumbing.tokenizing import fingerprint
 from transformer import TokenHead, TransformerConfig, VideoTransformer, resize_table
 
@@ -37,11 +38,10 @@ PRESETS = {
     "toy": dict(layers=3, dim=64, heads=4, head_dim=16, mlp_dim=256, frame_size=64, fps=8.0, codes=256, dropout=0.0,
                 min_stride=2, max_stride=4, projection_hidden=128, projection_layers=2, batch=32, lr=4e-3, steps=800,
                 tokenizer_steps=600, log_every=25, knn=20, workers=0),
-    "small": dict(),  # the defaults below: Table 3 and the second column of Table 4
+    "small": {},  # the defaults below: Table 3 and the second column of Table 4
     "base": dict(layers=12, dim=768, heads=12, mlp_dim=3072),
     "large": dict(layers=24, dim=1024, heads=16, head_dim=32, projection_hidden=4096, projection_layers=3, epochs=90,
-                  lr=3e-4, warmup=0.05),
-}
+                  lr=3e-4, warmup=0.05)}
 
 
 @dataclass
@@ -92,7 +92,6 @@ class Config(runs.RunSettings):
     knn_every: int = option(250, "steps between two measurements of it, and of the held-out videos", least=1)
 
     def __post_init__(self):
-        super().__post_init__()
         if not 1 <= self.min_stride <= self.max_stride:
             raise UserError(f"--min-stride {self.min_stride} --max-stride {self.max_stride}: "
                             f"both at least 1, the smaller first")
@@ -162,7 +161,7 @@ class Vimpac(nn.Module):
 
 
 def losses(model, config, clips, vocab_size, generator=None):
-    """Eq. 6 on this process's pairs of clips, int64 (n, 2, T, H, W), on the CPU -> loss (scalar), measures {name: scalar}.
+    """Eq. 6 on this process's pairs of clips, int64 (n, 2, T, H, W), on the CPU -> loss, measures, {name: scalar}.
 
     L_mask is the mean over the masked tokens of all processes: each gives its weighted sum, of which the mean over the
     processes, which DistributedDataParallel takes, is that mean. contrastive_loss is gamma * L_cl, as in the paper's
@@ -206,18 +205,16 @@ def prepare(config, device):
             steps=config.tokenizer_steps, batch=64, lr=2e-3, seed=config.seed, device=device)
         say(f"tokenizer: {found}")
     wait_for_all()
-    tokenizer = vqvae.load_tokenizer(place).to(device)
+    tokenizer, views = vqvae.load_tokenizer(place).to(device), data.views_for("pretrain", config.frame_size)
+    wanted = dict(fingerprint=fingerprint(tokenizer), fps=config.fps, size=config.frame_size)
     for split, videos in splits.items():
         out = home / "tokens" / split
         if not (out / "index.npy").is_file():
-            vqvae.tokenize(tokenizer, videos, root, out, config.fps, config.frame_size,
-                           data.views_for("pretrain", config.frame_size), place.name,
-                           classes=None if config.videos else toy.CLASSES)
-        header = data.TokenStore(out).header
-        for key, value in dict(fingerprint=fingerprint(tokenizer), fps=config.fps, size=config.frame_size).items():
-            if header[key] != value:
-                raise UserError(f"{out} was made with {key} {header[key]}, not {value}: delete it to make it anew")
-    return data.TokenStore(home / "tokens/pretrain"), place, config.monitor or (None if config.videos else home / "tokens")
+            vqvae.tokenize(tokenizer, videos, root, out, config.fps, config.frame_size, views, place.name,
+                           None if config.videos else toy.CLASSES)
+        check_header(out, data.TokenStore(out).header, wanted)
+    labelled = config.monitor or (None if config.videos else home / "tokens")
+    return data.TokenStore(home / "tokens/pretrain"), place, labelled
 
 
 # ---------------------------------------------------------------- training
@@ -244,34 +241,35 @@ def train(config, model, store, device, monitor_folder):
     videos, held_out = data.hold_out(len(store), config.held_out)
     if not config.alpha:
         model.projection_head.requires_grad_(False)
-    run = runs.Run(config, model, len(videos), config.epochs, (0.9, 0.98), device, config.init, resize_table)
+    training = runs.Run(config, model, len(videos), config.epochs, (0.9, 0.98), device, config.init, resize_table)
     per_step = config.accumulate
-    batches = data.Batches(videos, config.batch // per_step, run.steps * per_step, run.first * per_step, config.seed,
-                           run.rank, run.world)
+    batches = data.Batches(videos, config.batch // per_step, training.steps * per_step, training.first * per_step,
+                           config.seed, *rank_and_world())
     loader = iter(DataLoader(config.pairs(store), batch_sampler=batches, num_workers=config.workers))
 
     def watch(step):
         with torch.compiler.set_stance("force_eager"):  # not worth a compilation for each of its shapes
-            found = monitor.evaluate(losses, model, config, store, held_out, run.precision)
-            if monitor_folder and run.rank == 0:
+            found = monitor.evaluate(losses, model, config, store, held_out, training.precision)
+            if monitor_folder and training.rank == 0:
                 found |= monitor.knn_accuracies(model.backbone, monitor_folder, config.clip_fps(store), config.knn)
         if found:
-            run.write(step=step, **found)
+            training.write(step=step, **found)
+        model.train()
 
-    if run.first == 0:
-        watch(0)
     model.train()
-    for step in run.each_step("pre-training"):
+    if training.first == 0:
+        watch(0)
+    for step in training.each_step("pre-training"):
         micro_batches = [next(loader) for _ in range(per_step)]
-        measures, lr = update(run.wrapped, config, micro_batches, store.header["vocab_size"], run.optimizer,
-                              run.precision, step)
-        run.record(step, measures, lr, "mask {mask_accuracy:.1%} contrast {contrastive_loss:.3f}")
-        if run.due(step, config.knn_every):
+        measures, lr = update(training.wrapped, config, micro_batches, store.header["vocab_size"],
+                              training.optimizer, training.precision, step)
+        training.record(step, measures, lr, "mask {mask_accuracy:.1%} contrast {contrastive_loss:.3f}")
+        if training.due(step, config.knn_every):
             watch(step + 1)
 
 
 def main():
-    config = cli.parse(Config, sys.argv[1:], __doc__, PRESETS)
+    config = parse(Config, sys.argv[1:], __doc__, PRESETS)
     processes.launch(config.gpus)
     device = processes.pick_device(config.device)
     store, tokenizer_path, monitor_folder = prepare(config, device)
@@ -309,4 +307,4 @@ def finish(config, model, store, tokenizer_path):
 
 
 if __name__ == "__main__":
-    cli.run(main)
+    run(main)

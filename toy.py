@@ -23,9 +23,8 @@ from pathlib import Path
 import imageio.v2 as imageio
 import numpy as np
 
-from plumbing import cli
 from plumbing.annotations import list_videos
-from plumbing.cli import option
+from plumbing.cli import option, parse, progress, run
 from plumbing.store import write_text
 
 SIZE, FRAMES, FPS = 64, 32, 8
@@ -38,6 +37,7 @@ LOOKS = tuple(f"{body} with {end}" if body != end else body for body in COLOURS 
 CLASSES = {"motion": MOTIONS, "direction": DIRECTIONS, "appearance": LOOKS}
 BACKGROUNDS = (225, 110)  # greys, light on and off
 RADIUS = (10, 17)  # pixels
+SPEEDS = ((1.5, 3), (1.5, 3), (0.1, 0.2), (0.04, 0.08))  # a frame, of each motion: pixels, pixels, radians, sweeps
 
 
 def draw_video(number, seed=0):
@@ -48,14 +48,8 @@ def draw_video(number, seed=0):
     x, y = random.uniform(0, SIZE, 2)
     angle = random.uniform(0, 2 * np.pi)
     phase = random.uniform()  # of the radius between its bounds
-    if motion == 0:
-        x = x + step * random.uniform(1.5, 3)  # pixels a frame
-    elif motion == 1:
-        y = y + step * random.uniform(1.5, 3)
-    elif motion == 2:
-        angle = angle + step * random.uniform(0.1, 0.2)  # radians a frame
-    else:
-        phase = phase + step * random.uniform(0.04, 0.08)  # sweeps a frame
+    speed = random.uniform(*SPEEDS[motion])  # motion i changes the i-th of the four, and nothing else
+    x, y, angle, phase = (q + (motion == i) * speed * step for i, q in enumerate((x, y, angle, phase)))  # (F,) each
     radius = RADIUS[0] + (RADIUS[1] - RADIUS[0]) * (phase % 1)
     x, y, angle, radius = (np.broadcast_to(q, FRAMES)[:, None, None] for q in (x, y, angle, radius))  # (F, 1, 1)
     pixel = np.arange(SIZE) + 0.5
@@ -106,7 +100,7 @@ def make(root, splits=None, seed=0, workers=None):
     total = sum(splits.values())
     with ProcessPoolExecutor(workers or os.cpu_count()) as pool:
         written = pool.map(partial(write_video, folder=root / "videos", seed=seed), range(total), chunksize=16)
-        labels = list(cli.progress(written, "toy videos", total, " videos"))
+        labels = list(progress(written, "toy videos", total, " videos"))
     for name, classes in CLASSES.items():
         (root / name).mkdir(exist_ok=True)
         write_text(root / name / "classes.txt", "".join(f"{c}\n" for c in classes))
@@ -145,10 +139,10 @@ class Config:
 
 
 def main():
-    config = cli.parse(Config, sys.argv[1:], __doc__)
+    config = parse(Config, sys.argv[1:], __doc__)
     root = make(config.out, seed=config.seed)
     print(f"{root}: {', '.join(f'{count} {split}' for split, count in SPLITS.items())} videos; picture: {root}/toy.png")
 
 
 if __name__ == "__main__":
-    cli.run(main)
+    run(main)

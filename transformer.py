@@ -55,8 +55,8 @@ class TransformerConfig:
 
 
 def to_sequences(x, pattern):
-    """(B, T, H, W, ...) -> (B, S, L, ...), a view: along the axes of a pattern, such as "T" or "HxW", lie sequences of L
-    tokens; S stands for the other axes, one dimension each."""
+    """(B, T, H, W, ...) -> (B, S, L, ...), a view: along the axes of a pattern, such as "T" or "HxW", lie sequences of
+    L tokens; S stands for the other axes, one dimension each."""
     axes, last = _axes(pattern)
     return x.movedim(axes, last).flatten(last[0], 3)
 
@@ -278,8 +278,7 @@ PAPER_SIZES = [  # where, name, differences from the small preset (T = 5, S = 12
     ("Table 3", "large (half)", dict(layers=24, dim=1024, heads=16, head_dim=32), 210.1),
     ("Table 13", "small, TxHxW", dict(layout="TxHxW"), 23.1),
     ("Table 13", "small, T,H,W", dict(layout="T,H,W"), 35.8),
-    ("Table 13", "small, T,HxW", dict(layout="T,HxW"), 27.1),
-]
+    ("Table 13", "small, T,HxW", dict(layout="T,HxW"), 27.1)]
 
 
 def count_parameters(config):

@@ -17,9 +17,8 @@ from torch import nn
 
 import data
 from dalle import DalleVAE
-from plumbing import cli
 from plumbing.annotations import DATASETS, class_names, frame_spans, list_videos
-from plumbing.cli import UserError, option
+from plumbing.cli import UserError, option, parse_command, progress, run
 from plumbing.processes import leave_group, pick_device, seed_all
 from plumbing.runs import learning_rate, read_checkpoint, save_checkpoint
 from plumbing.tokenizing import frames_at_once, tokenize
@@ -130,21 +129,18 @@ class VQVAE(nn.Module):
         error = F.mse_loss(self.decoder(quantised.reshape(n, h, w, c).permute(0, 3, 1, 2)), x)
         return error, commitment, index.reshape(n, h, w)
 
-    @property
-    def device(self):
-        return self.codebook.codes.device
-
     @torch.no_grad()
     def encode(self, frames):
         """uint8 (N, S, S, 3), S a multiple of 8 -> int64 (N, S/8, S/8) below vocab_size."""
-        z = self.encoder(to_pixels(torch.as_tensor(frames, device=self.device)))  # (N, c, h, w)
+        z = self.encoder(to_pixels(torch.as_tensor(frames, device=self.codebook.codes.device)))  # (N, c, h, w)
         n, c, h, w = z.shape
         return self.codebook.nearest(z.permute(0, 2, 3, 1).reshape(-1, c)).reshape(n, h, w)
 
     @torch.no_grad()
     def decode(self, tokens):
         """int64 (N, h, w) -> uint8 (N, 8h, 8w, 3)."""
-        x = self.decoder(self.codebook.codes[torch.as_tensor(tokens, device=self.device)].permute(0, 3, 1, 2))
+        codes = self.codebook.codes
+        x = self.decoder(codes[torch.as_tensor(tokens, device=codes.device)].permute(0, 3, 1, 2))
         return ((x.clamp(-1, 1) + 1) * 127.5).round().byte().permute(0, 2, 3, 1)
 
 
@@ -179,7 +175,7 @@ def train_tokenizer(frames, codes, steps, batch, lr, seed, device):
     tokenizer = VQVAE(codes).to(device).train()
     optimizer = torch.optim.AdamW(tokenizer.parameters(), lr=lr, weight_decay=0)
     frames = torch.from_numpy(frames)
-    bar = cli.progress(range(steps), "training the tokenizer", unit=" steps")
+    bar = progress(range(steps), "training the tokenizer", unit=" steps")
     for step in bar:
         optimizer.param_groups[0]["lr"] = learning_rate(step, steps, lr, warmup=0.05)
         error, commitment, index = tokenizer(frames[torch.randint(len(frames), (batch,))].to(device))
@@ -205,14 +201,12 @@ def measure(tokenizer, frames, batch=256):
         decoded = tokenizer.decode(tokens).cpu()
         errors += (to_pixels(decoded) - to_pixels(part)).square().mean().item() * len(part)
         counts += torch.bincount(tokens.flatten().cpu(), minlength=len(counts))
-    p = counts / counts.sum()
-    return {"error": errors / len(frames), "psnr": psnr(errors / len(frames)),
-            "perplexity": torch.exp(-(p * p.clamp(min=1e-10).log()).sum()).item(),
-            "codes_used": (counts > 0).float().mean().item()}
+    error, p = errors / len(frames), counts / counts.sum()
+    perplexity = torch.exp(-(p * p.clamp(min=1e-10).log()).sum()).item()
+    return {"error": error, "psnr": psnr(error), "perplexity": perplexity, "codes_used": (p > 0).float().mean().item()}
 
 
 def save_tokenizer(tokenizer, path):
-    Path(path).parent.mkdir(parents=True, exist_ok=True)
     save_checkpoint(path, {"vqvae": tokenizer.settings, "model": tokenizer.state_dict()})
 
 
@@ -223,9 +217,9 @@ def make_tokenizer(videos, path, fps, size, frames, **training):
     held_out, frames = frames[::20], frames[np.arange(len(frames)) % 20 > 0]
     tokenizer = train_tokenizer(frames, **training)
     save_tokenizer(tokenizer, path)
-    found = measure(tokenizer, held_out)
-    return (f"reconstruction error {found['error']:.4f}, PSNR {found['psnr']:.1f} dB, perplexity {found['perplexity']:.0f}"
-            f", codes used {100 * found['codes_used']:.0f}% (on {len(held_out)} frames held out)"), errors
+    m = measure(tokenizer, held_out)
+    return (f"reconstruction error {m['error']:.4f}, PSNR {m['psnr']:.1f} dB, perplexity {m['perplexity']:.0f}, "
+            f"codes used {100 * m['codes_used']:.0f}% (on {len(held_out)} frames held out)"), errors
 
 
 # ---------------------------------------------------------------- command line
@@ -280,18 +274,17 @@ def tokenize_command(config):
     videos = [(path, {} if label is None else {"label": label})
               for path, label in list_videos(dataset, root, config.split)]
     tokenizer = load_tokenizer(config.tokenizer).to(pick_device(config.device))
-    classes = class_names(dataset, root)
-    tokenize(tokenizer, videos, root, config.out, config.fps, config.frame_size,
-             data.views_for(config.views, config.frame_size, dataset), Path(config.tokenizer).name,
-             {"label": classes} if classes else None, frame_spans(dataset, root, config.split), config.workers,
-             config.batch)
+    views, classes = data.views_for(config.views, config.frame_size, dataset), class_names(dataset, root)
+    spans = frame_spans(dataset, root, config.split)
+    tokenize(tokenizer, videos, root, config.out, config.fps, config.frame_size, views, Path(config.tokenizer).name,
+             {"label": classes} if classes else None, spans, config.workers, config.batch)
 
 
 def main():
-    command, config = cli.parse_command({"train": TrainConfig, "tokenize": TokenizeConfig}, __doc__)
+    command, config = parse_command({"train": TrainConfig, "tokenize": TokenizeConfig}, __doc__)
     {"train": train_command, "tokenize": tokenize_command}[command](config)
     leave_group()
 
 
 if __name__ == "__main__":
-    cli.run(main)
+    run(main)

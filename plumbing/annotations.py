@@ -10,10 +10,9 @@ from pathlib import Path
 from plumbing.cli import UserError
 from plumbing.decoding import VIDEO_ENDINGS
 
-DATASETS = {  # name: its splits
-    "folder": (), "list": (), "howto100m": (), "ucf101": ("train1", "test1", "train2", "test2", "train3", "test3"),
-    "hmdb51": ("train1", "test1", "train2", "test2", "train3", "test3"), "ssv2": ("train", "val", "test"),
-    "diving48": ("train", "test"), "kinetics400": ("train", "val", "test")}
+THREE = ("train1", "test1", "train2", "test2", "train3", "test3")
+DATASETS = {"folder": (), "list": (), "howto100m": (), "ucf101": THREE, "hmdb51": THREE, "diving48": ("train", "test"),
+            "ssv2": ("train", "val", "test"), "kinetics400": ("train", "val", "test")}  # name: its splits
 
 
 def list_videos(dataset, root, split):
@@ -78,7 +77,8 @@ def class_names(dataset, root):
         labels = _json(root, "labels.json", "something-something-v2-labels.json")
         return sorted(labels, key=lambda name: int(labels[name]))
     if dataset == "diving48":
-        return [" ".join(parts) if isinstance(parts, list) else str(parts) for parts in _json(root, "Diving48_vocab.json")]
+        names = _json(root, "Diving48_vocab.json")
+        return [" ".join(parts) if isinstance(parts, list) else str(parts) for parts in names]
     if dataset == "kinetics400":
         return sorted({row["label"] for row in csv.DictReader(_lines(root, "train.csv"))})
     return None
@@ -135,9 +135,9 @@ def _hmdb51(root, split):
 def _ssv2(root, split):
     name = {"train": "train", "val": "validation", "test": "test"}[split]
     entries = _json(root, f"{name}.json", f"something-something-v2-{name}.json")
-    return [(root / "20bn-something-something-v2" / f"{entry['id']}.webm",
-             entry["template"].replace("[", "").replace("]", "") if entry.get("template") else None)  # test has none
-            for entry in entries]
+    # the test split has no templates
+    classes = [entry.get("template", "").replace("[", "").replace("]", "") or None for entry in entries]
+    return [(root / f"20bn-something-something-v2/{entry['id']}.webm", name) for entry, name in zip(entries, classes)]
 
 
 def _diving48(root, split):

@@ -111,7 +111,6 @@ class _Lines:
 
 def progress(iterable=None, text="", total=None, unit="it", show=True):
     """A tqdm bar on a terminal, a line every ten seconds elsewhere."""
-    if sys.stderr.isatty():
-        return tqdm(iterable, text, total, unit=unit, disable=not show, dynamic_ncols=True)
-    return tqdm(iterable, text, total, unit=unit, disable=not show, file=_Lines(), mininterval=10, maxinterval=60,
-                ascii=True, ncols=100)
+    lines = dict(file=_Lines(), mininterval=10, maxinterval=60, ascii=True, ncols=100)
+    how = dict(dynamic_ncols=True) if sys.stderr.isatty() else lines
+    return tqdm(iterable, text, total, unit=unit, disable=not show, **how)

@@ -10,7 +10,8 @@ import numpy as np
 
 from plumbing.cli import UserError
 
-VIDEO_ENDINGS = {".3gp", ".avi", ".flv", ".m4v", ".mkv", ".mov", ".mp4", ".mpeg", ".mpg", ".ogv", ".ts", ".webm", ".wmv"}
+VIDEO_ENDINGS = (".3gp", ".avi", ".flv", ".m4v", ".mkv", ".mov", ".mp4", ".mpeg", ".mpg", ".ogv", ".ts", ".webm",
+                 ".wmv")
 
 
 class VideoError(UserError):
@@ -58,10 +59,9 @@ def read_views(path, fps, size, views, span=None):
 
 def _ffmpeg(path, graph, *options):
     """Runs ffmpeg on a file -> (raw RGB bytes, the last line it complained with)."""
-    done = subprocess.run(
-        [imageio_ffmpeg.get_ffmpeg_exe(), "-v", "error", "-nostdin", "-threads", "1", "-i", f"file:{path}",
-         "-an", "-sn", "-dn", "-vf", graph, *options, "-f", "rawvideo", "-pix_fmt", "rgb24", "-"],
-        capture_output=True)
+    command = [imageio_ffmpeg.get_ffmpeg_exe(), "-v", "error", "-nostdin", "-threads", "1", "-i", f"file:{path}", "-an",
+               "-sn", "-dn", "-vf", graph, *options, "-f", "rawvideo", "-pix_fmt", "rgb24", "-"]
+    done = subprocess.run(command, capture_output=True, check=False)
     complaints = done.stderr.decode(errors="replace").strip().splitlines()
     return done.stdout, complaints[-1] if complaints else "it holds no video frames"
 

@@ -2,32 +2,28 @@
 from pathlib import Path
 
 import imageio.v2 as imageio
-import matplotlib
 import numpy as np
+from matplotlib.figure import Figure
 
 from plumbing.runs import read_metrics
-
-matplotlib.use("Agg")
-import matplotlib.pyplot as plt  # noqa: E402
 
 
 def draw_curves(out, panels):
     """curves.png of a run. panels: {title: {legend: key of metrics.jsonl}}; a panel without any value is left out."""
     records = read_metrics(out)
-    panels = {title: {legend: key for legend, key in lines.items() if any(key in r for r in records)}
+    panels = {title: {legend: points for legend, key in lines.items()
+                      if (points := [(record["step"], record[key]) for record in records if key in record])}
               for title, lines in panels.items()}
     panels = {title: lines for title, lines in panels.items() if lines}
-    figure, axes = plt.subplots(1, len(panels), figsize=(4 * len(panels), 3.2), squeeze=False, layout="constrained")
-    for axis, (title, lines) in zip(axes[0], panels.items()):
-        for legend, key in lines.items():
-            points = [(r["step"], r[key]) for r in records if key in r]
+    figure = Figure(figsize=(4 * len(panels), 3.2), layout="constrained")
+    for axis, (title, lines) in zip(figure.subplots(1, len(panels), squeeze=False)[0], panels.items()):
+        for legend, points in lines.items():
             axis.plot(*zip(*points), label=legend, marker="." if len(points) < 12 else None)
         axis.set(title=title, xlabel="step")
         axis.grid(alpha=0.3)
         if len(lines) > 1:
             axis.legend(frameon=False)
     figure.savefig(Path(out) / "curves.png", dpi=110)
-    plt.close(figure)
 
 
 def draw_confusion(truth, predicted, names, path):
@@ -36,7 +32,8 @@ def draw_confusion(truth, predicted, names, path):
     np.add.at(matrix, (truth, predicted), 1)
     matrix = 100 * matrix / matrix.sum(axis=1, keepdims=True).clip(min=1)
     side = min(14, 2.5 + 0.4 * len(names))
-    figure, axis = plt.subplots(figsize=(side + 1, side))
+    figure = Figure(figsize=(side + 1, side))
+    axis = figure.subplots()
     picture = axis.imshow(matrix, cmap="Blues", vmin=0, vmax=100)
     if len(names) <= 60:
         axis.set_xticks(range(len(names)), names, rotation=90)
@@ -48,7 +45,6 @@ def draw_confusion(truth, predicted, names, path):
     axis.set(xlabel="predicted", ylabel="truth")
     figure.colorbar(picture, label="% of the class", shrink=0.8)
     figure.savefig(path, dpi=110, bbox_inches="tight")
-    plt.close(figure)
 
 
 def chequered(frames, holes):

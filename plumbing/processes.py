@@ -23,7 +23,7 @@ def rank_and_world():
     """This process's number and how many there are: of the group, or what torchrun says of it -> (int, int)."""
     if dist.is_available() and dist.is_initialized():
         return dist.get_rank(), dist.get_world_size()
-    return int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+    return int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
 
 
 def say(*words):
@@ -50,7 +50,8 @@ def join_group(backend):
     """Joins the group of processes that torchrun started, where it started several."""
     if rank_and_world()[1] == 1 or dist.is_initialized():
         return
-    if int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)) and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":
+    told = os.environ.get
+    if told("TORCHELASTIC_RESTART_COUNT", "0") != "0" and told("TORCHELASTIC_USE_AGENT_STORE") == "True":
         say("restarted: should the processes not find each other, start torchrun with "
             "TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1, or it remembers the addresses of those that ended")
     dist.init_process_group(backend, timeout=timedelta(hours=2))
@@ -58,8 +59,7 @@ def join_group(backend):
 
 def wait_for_all():
     """Waits until every process is here, such as for files that the first one makes."""
-    if dist.is_initialized():
-        dist.barrier()
+    from_all(None)
 
 
 def leave_group():
@@ -80,7 +80,7 @@ def leave_group():
 def restarted():
     """Whether torchrun started any process of this group again. Called by all: where another machine's process had
     ended, torchrun does not tell the processes of this one that they are not the first."""
-    return max(from_all(int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)))) > 0
+    return max(from_all(int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")))) > 0
 
 
 def from_all(value):
@@ -105,7 +105,7 @@ def sum_over_all(tensor):
 
 
 def gather(x):
-    """(n, ...) of each process -> (n * processes, ...) of all, with gradient: it is the sum over what all do with it."""
+    """(n, ...) of each process -> (n * processes, ...) of all, with gradient: the sum over what all do with it."""
     return torch.cat(all_gather(x)) if rank_and_world()[1] > 1 else x
 
 
@@ -129,7 +129,7 @@ def pick_device(name):
     if name == "cuda":
         if not torch.cuda.is_available():
             raise UserError("--device cuda: this machine has no GPU that torch can use")
-        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)))
+        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
     join_group("nccl" if name == "cuda" else "gloo")
     return torch.device(name)
 

@@ -1,8 +1,8 @@
 """Files that others released: their names and shapes -> ours, and unpickling without running anything.
 
 The VIMPAC checkpoints are plain state dicts. DALL-E's encoder.pkl and decoder.pkl are whole pickled modules: unpickling
-such a file runs whatever it says, and names classes of a package that few have installed. Only their tensors are needed:
-the unpickler here knows the few names that such a file holds, stands a plain record in for each class, and refuses every
+one runs whatever it says, and takes classes of a package that few have installed. Only its tensors are needed. The
+unpickler here knows the few names that such a file holds, stands a plain record in for each class, and refuses every
 other name.
 """
 import contextlib
@@ -32,7 +32,7 @@ def reading(path):
 def transformer_sizes(state, layouts):
     """What the keys and shapes of a released checkpoint say of its backbone -> {field of TransformerConfig: value}.
 
-    layouts: those to choose from; how many patterns each attention block has tells which. Heads are d / 64, as released.
+    layouts: those to choose from; how many patterns each attention block has tells which. Heads are d / 64.
     Raises UserError for an arrangement of blocks that no layout has, KeyError naming a tensor that is missing.
     """
     prefix = "backbone.transformer.resblocks."
@@ -127,13 +127,6 @@ class Record:
     """Stands in for a pickled module: unpickling fills its __dict__ and runs nothing."""
 
 
-class Tensor:
-    """A tensor of the file whose numbers are read later: the old format keeps them behind the pickle."""
-
-    def __init__(self, storage, offset, size, stride, *_):
-        self.storage, self.offset, self.size, self.stride = storage, offset, size, stride
-
-
 class Unpickler(pickle.Unpickler):
     """Knows the names of MODULES, and what torch.save writes for tensors. Raises UserError naming any other."""
 
@@ -142,9 +135,9 @@ class Unpickler(pickle.Unpickler):
             return Record
         if module == "torch" and name in STORAGES:
             return STORAGES[name]
-        known = {("torch._utils", "_rebuild_tensor_v2"): Tensor, ("torch._utils", "_rebuild_tensor"): Tensor,
+        known = {("torch._utils", "_rebuild_tensor_v2"): lambda *where: where[:4],  # of the numbers, which come later
                  ("torch._utils", "_rebuild_parameter"): lambda tensor, *_: tensor,
-                 ("collections", "OrderedDict"): OrderedDict, ("torch", "device"): lambda *_: None,
+                 ("torch", "device"): lambda *_: None, ("collections", "OrderedDict"): OrderedDict,
                  ("__builtin__", "set"): set, ("builtins", "set"): set}
         if (module, name) not in known:
             raise UserError(f"the file names {module}.{name}, which no DALL-E encoder or decoder needs: not loaded")
@@ -161,31 +154,23 @@ class Unpickler(pickle.Unpickler):
 def read_module(path):
     """The tensors of a module pickled by torch.save in its old format, not the zip -> {name: tensor}.
 
-    Raises UserError, with the file's name, for a file that is neither or that names what it should not.
+    Raises UserError, with the file's name, for any other file, and for one that names what it should not.
     """
     try:
-        root, storages = _read(path)
-    except (pickle.UnpicklingError, EOFError, struct.error, KeyError, IndexError, TypeError, AttributeError, ValueError,
-            UnicodeDecodeError) as error:
-        raise UserError(f"{path}: {error if str(error).startswith('the file') else 'no module pickled by torch.save'}"
-                        ) from error
-    return {name: torch.as_strided(storages[t.storage[0]], t.size, t.stride, t.offset).clone()
-            for name, t in _walk(root, "")}
-
-
-def _read(path):
-    with open(path, "rb") as file:
-        if Unpickler(file).load() != 0x1950a86a20f9469cfc6c:  # torch.save's mark
-            raise UserError("the file is not one of torch.save's old format")
-        Unpickler(file).load(), Unpickler(file).load()  # protocol version, the writer's machine
-        root = Unpickler(file).load()
-        dtypes = dict(t.storage for _, t in _walk(root, ""))
-        storages = {}
-        for key in Unpickler(file).load():
-            count, = struct.unpack("<q", file.read(8))
-            content = bytearray(file.read(count * dtypes[key].itemsize))
-            storages[key] = torch.frombuffer(content, dtype=dtypes[key])
-    return root, storages
+        with open(path, "rb") as file:
+            mark, _, _, root = (Unpickler(file).load() for _ in range(4))  # _: the format's version, the machine
+            if mark != 0x1950a86a20f9469cfc6c:
+                raise UserError("the file is not one of torch.save's old format")
+            dtypes, numbers = dict(storage for _, (storage, *_) in _walk(root, "")), {}
+            for key in Unpickler(file).load():
+                count, = struct.unpack("<q", file.read(8))
+                numbers[key] = torch.frombuffer(bytearray(file.read(count * dtypes[key].itemsize)), dtype=dtypes[key])
+        return {name: torch.as_strided(numbers[storage[0]], size, stride, offset).clone()
+                for name, (storage, offset, size, stride) in _walk(root, "")}
+    except (pickle.UnpicklingError, EOFError, struct.error, LookupError, TypeError, AttributeError, ValueError,
+            RuntimeError) as error:
+        reason = error if str(error).startswith("the file") else "no module pickled by torch.save in its old format"
+        raise UserError(f"{path}: {reason}") from error
 
 
 def _walk(module, prefix):

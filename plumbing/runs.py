@@ -10,9 +10,9 @@ import torch
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
-from plumbing.cli import UserError, check_ranges, option, progress
+from plumbing.cli import UserError, option, progress
 from plumbing.processes import from_all, pick_precision, rank_and_world, restarted, say, sum_over_all
-from plumbing.store import whole, write_text
+from plumbing.store import read_lines, whole, write_text
 
 
 @dataclass
@@ -30,9 +30,6 @@ class RunSettings:
                             choices=["auto", "bf16", "fp16", "tf32", "fp32"])
     compile: bool = option(False, "compile the layers with torch.compile (needs a C++ compiler on CPUs)")
     save_every: int = option(500, "steps between two checkpoints", least=1)
-
-    def __post_init__(self):
-        check_ranges(self)
 
 
 # ---------------------------------------------------------------- optimizer and schedule
@@ -65,7 +62,7 @@ class Optimizer:
     def __init__(self, model, settings, steps, betas, precision=torch.float32):
         self.model, self.settings, self.steps = model, settings, steps
         device = next(model.parameters()).device.type
-        self.adamw = torch.optim.AdamW(decay_groups(model, settings.weight_decay), lr=settings.lr, betas=betas, eps=1e-8,
+        self.adamw = torch.optim.AdamW(decay_groups(model, settings.weight_decay), settings.lr, betas, eps=1e-8,
                                        fused=device in ("cuda", "cpu"))
         self.scaler = torch.amp.GradScaler(device, enabled=precision == torch.float16)
 
@@ -165,8 +162,8 @@ def start(config, model, optimizer, init="", resize=None):
         say(f"starting from {init}")
     steps = set(from_all(first))
     if len(steps) > 1:
-        raise UserError(f"processes would start from different steps, {sorted(steps)}: --out {config.out} must be storage "
-                        f"that all machines share")
+        raise UserError(f"processes would start from different steps, {sorted(steps)}: --out {config.out} must be "
+                        f"storage that all machines share")
     return first
 
 
@@ -188,8 +185,8 @@ class Run:
     """A model in training: its optimizer, where it goes on from, and its folder with config.json, metrics.jsonl,
     TensorBoard events and last.pt, which only the first process writes.
 
-    videos: how many it trains on. init, resize: see `start`. A run that goes on from a checkpoint drops the metrics after
-    it. One that begins makes an earlier run's last.pt last.old.pt, so that no restart goes on from that.
+    videos: how many it trains on. init, resize: see `start`. A run that goes on from a checkpoint drops the metrics
+    after it. One that begins makes an earlier run's last.pt last.old.pt, so that no restart goes on from that.
     """
 
     def __init__(self, config, model, videos, epochs, betas, device, init="", resize=None):
@@ -208,7 +205,6 @@ class Run:
 
     def open_folder(self):
         from torch.utils.tensorboard import SummaryWriter  # slow to import
-        self.out.mkdir(parents=True, exist_ok=True)
         if self.first == 0 and (self.out / "last.pt").is_file():
             os.replace(self.out / "last.pt", self.out / "last.old.pt")
             say(f"{self.out / 'last.pt'} of an earlier run is now last.old.pt")
@@ -259,7 +255,4 @@ class Run:
 
 def read_metrics(out):
     """The lines of a run's metrics.jsonl, a last one cut short left out -> [dict]."""
-    path = Path(out) / "metrics.jsonl"
-    if not path.is_file():
-        return []
-    return [json.loads(line) for line in path.read_text().splitlines(keepends=True) if line.endswith("\n")]
+    return read_lines(Path(out) / "metrics.jsonl")

@@ -1,7 +1,8 @@
 """Tokens on the disk: written so that a kill loses nothing, mapped into memory, never read whole.
 
-A store is a folder: header.json says what the tokens are; tokens-<rank>.bin hold them, a shard a process; index.npy where
-each video's lie; names.txt the videos' paths; labels-<set>.npy their labels; journal-<rank>.jsonl what was written when.
+A store is a folder: header.json says what the tokens are; tokens-<rank>.bin hold them, a shard a process; index.npy
+says where each video's lie; names.txt holds the videos' paths, labels-<set>.npy their labels; journal-<rank>.jsonl says
+what has been written.
 
 Shapes: F frames of a video, H x W tokens a frame.
 """
@@ -22,8 +23,9 @@ INDEX = np.dtype([("shard", "<u2"), ("start", "<i8"), ("frames", "<i4"), ("name"
 @contextlib.contextmanager
 def whole(path):
     """A binary file to write, which takes the place of `path` only when all of it is there: a kill, an error or a full
-    disk leaves the earlier file as it was."""
+    disk leaves the earlier file as it was. Makes its folder where there is none."""
     part = Path(f"{path}.{os.getpid()}.part")  # several processes may write the same
+    part.parent.mkdir(parents=True, exist_ok=True)
     try:
         with open(part, "wb") as file:
             yield file
@@ -39,6 +41,20 @@ def write_text(path, text):
         file.write(text.encode())
 
 
+def read_lines(path):
+    """The records of a .jsonl file, but for a last line that a kill cut short; [] where there is no file -> [dict]."""
+    lines = Path(path).read_text().splitlines(keepends=True) if Path(path).is_file() else []
+    return [json.loads(line) for line in lines if line.endswith("\n")]
+
+
+def check_header(path, old, new):
+    """Raises UserError, naming what differs, unless the tokens of a store with the header `old` are what `new` says."""
+    for key in sorted(new.keys() - {"root", "videos"}):  # a moved folder: the same videos
+        if key in old and old[key] != new[key]:
+            raise UserError(f"{path} was made with {key} {old[key]!r}, not {new[key]!r}: "
+                            f"choose another folder or delete it")
+
+
 class StoreWriter:
     """Writes a token store, so that a kill at any moment loses at most the video being written.
 
@@ -50,25 +66,20 @@ class StoreWriter:
 
     def __init__(self, path, header, rank=0):
         self.path, self.rank = Path(path), rank
-        self.path.mkdir(parents=True, exist_ok=True)
         header = json.loads(json.dumps({"format": FORMAT, **header}))  # as it will be read back
         place = self.path / "header.json"
         if place.is_file():
-            old = {"arithmetic": header.get("arithmetic"), **json.loads(place.read_text())}  # older stores do not say
-            for key in sorted((old.keys() | header.keys()) - {"root", "videos"}):  # a moved folder: the same videos
-                if old.get(key) != header.get(key):
-                    raise UserError(f"{path} was made with {key} {old.get(key)!r}, not {header.get(key)!r}: "
-                                    f"choose another folder or delete it")
+            check_header(path, json.loads(place.read_text()), header)
         write_text(place, json.dumps(header, indent=1))
         self.header = header
-        self.done = {record["name"] for journal in self.path.glob("journal-*.jsonl") for record in _journal(journal)}
-        own = list(_journal(self._file("journal", "jsonl")))
+        self.done = {record["name"] for journal in self.path.glob("journal-*.jsonl") for record in read_lines(journal)}
+        own = read_lines(self._file("journal", "jsonl"))
         self.frame = len(header["views"]) * header["height"] * header["width"]  # tokens
         self.written = own[-1]["start"] + own[-1]["frames"] * self.frame if own else 0  # tokens
-        self.tokens = open(self._file("tokens", "bin"), "ab")
+        self.tokens = open(self._file("tokens", "bin"), "ab")  # noqa: SIM115 (closed by close)
         self.tokens.truncate(2 * self.written)
         write_text(self._file("journal", "jsonl"), "".join(json.dumps(record) + "\n" for record in own))
-        self.journal = open(self._file("journal", "jsonl"), "a")
+        self.journal = open(self._file("journal", "jsonl"), "a")  # noqa: SIM115
 
     def _file(self, kind, ending):
         return self.path / f"{kind}-{self.rank:05d}.{ending}"
@@ -86,7 +97,7 @@ class StoreWriter:
     def finish(self):
         """Writes the index that TokenStore maps. With several processes, one calls this when all have closed."""
         records = [(int(journal.stem.split("-")[1]), record) for journal in sorted(self.path.glob("journal-*.jsonl"))
-                   for record in _journal(journal)]
+                   for record in read_lines(journal)]
         records.sort(key=lambda pair: pair[1]["number"])
         names = [record["name"].encode() + b"\n" for _, record in records]  # one line a name
         places = np.cumsum([0] + [len(name) for name in names])
@@ -104,16 +115,6 @@ class StoreWriter:
     def close(self):
         self.tokens.close()
         self.journal.close()
-
-
-def _journal(path):
-    """The whole lines of a journal; a last line that a kill cut short is left out."""
-    if not path.is_file():
-        return
-    with open(path) as file:
-        for line in file:
-            if line.endswith("\n"):
-                yield json.loads(line)
 
 
 class TokenStore:

@@ -6,12 +6,11 @@ import hashlib
 import os
 import time
 
-import numpy as np
 import torch
 
 from plumbing.cli import progress
 from plumbing.decoding import VideoError, decode_all, read_views
-from plumbing.processes import rank_and_world, say, wait_for_all
+from plumbing.processes import from_all, rank_and_world, say, share, wait_for_all
 from plumbing.store import StoreWriter, write_text
 
 
@@ -41,11 +40,8 @@ def tokenize(tokenizer, videos, root, out, fps, size, views, name, classes=None,
         "tokenizer": name, "fingerprint": fingerprint(tokenizer), "arithmetic": tokenizer.arithmetic,
         "vocab_size": tokenizer.vocab_size, "fps": fps, "size": size, "height": size // 8, "width": size // 8,
         "views": views, "root": root, "classes": classes}, rank)
-    todo = {}
-    for number, (path, labels) in enumerate(videos):
-        relative = os.path.relpath(path, root)
-        if number % world == rank and relative not in writer.done:
-            todo[path] = (number, relative, labels)
+    listed = [(path, number, os.path.relpath(path, root), labels) for number, (path, labels) in enumerate(videos)]
+    todo = {path: rest for path, *rest in share(listed, rank, world) if rest[1] not in writer.done}
     decoded = decode_all(todo, lambda path: read_views(path, fps, size, views, (spans or {}).get(path)),
                          workers or os.cpu_count())
     errors, start, done = [], time.perf_counter(), 0
@@ -66,10 +62,7 @@ def tokenize(tokenizer, videos, root, out, fps, size, views, name, classes=None,
 def finish_store(writer, errors, videos):
     """Called by all processes, each with its own errors, when all their tokens are written."""
     writer.close()
-    write_text(writer.path / f"errors-{writer.rank:05d}.txt", "".join(f"{line}\n" for line in errors))
-    wait_for_all()
-    parts = sorted(writer.path.glob("errors-*.txt"))
-    errors = [line for part in parts for line in part.read_text().splitlines()]
+    errors = [line for part in from_all(errors) for line in part]  # when all have closed theirs
     if writer.rank == 0:
         write_text(writer.path / "errors.txt", "".join(f"{line}\n" for line in errors))
         writer.finish()

@@ -1,8 +1,11 @@
-"""What the tests share: small videos, encoded for real."""
+"""What the tests share: small videos, encoded for real; small token stores; the scripts, called with a command line."""
+import contextlib
+import io
 import os
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import imageio.v2 as imageio
 import numpy as np
@@ -10,11 +13,13 @@ import pytest
 import torch
 
 ROOT = Path(__file__).parent.parent
-sys.path.insert(0, str(ROOT))
+sys.path[:0] = [str(ROOT), str(ROOT / "benchmarks")]
 torch.set_num_threads(1)  # tiny tensors: several threads only wait for each other
 os.environ["OMP_NUM_THREADS"] = "1"  # likewise in the scripts that tests start
 
+import data  # noqa: E402
 import toy  # noqa: E402
+from plumbing import cli  # noqa: E402
 
 TINY = dict(layers=1, dim=16, heads=2, head_dim=8, mlp_dim=32, projection_hidden=16, batch=4, log_every=2, save_every=3,
             knn_every=3, knn=3, device="cpu")
@@ -24,9 +29,44 @@ def flags(settings):
     return [part for key, value in settings.items() for part in ("--" + key.replace("_", "-"), value)]
 
 
-def run(place, *argv, script="pretrain.py"):
-    return subprocess.run([sys.executable, str(ROOT / script), *map(str, argv)], cwd=place, capture_output=True,
+def run(place, *argv, script="pretrain.py", under=()):
+    """A script in a process of its own, in a folder. under: what stands between the interpreter and the script."""
+    return subprocess.run([sys.executable, *under, str(ROOT / script), *map(str, argv)], cwd=place, capture_output=True,
                           text=True)
+
+
+def call(module, *argv, place="."):
+    """A script's main in this process, as its last line calls it, in a folder -> returncode, stdout, stderr."""
+    stdout, stderr, code, argv_before = io.StringIO(), io.StringIO(), 0, sys.argv
+    sys.argv = [module.__file__, *map(str, argv)]
+    try:
+        with contextlib.chdir(place), contextlib.redirect_stdout(stdout), contextlib.redirect_stderr(stderr):
+            cli.run(module.main)
+    except SystemExit as stop:
+        code = stop.code or 0
+    finally:
+        sys.argv = argv_before
+    return SimpleNamespace(returncode=code, stdout=stdout.getvalue(), stderr=stderr.getvalue())
+
+
+def write_store(path, videos, **header):
+    """A token store. videos: [(tokens (views, F, H, W), {label set: class})]; video i is called i.mp4."""
+    header = dict(tokenizer="t", fingerprint="f", arithmetic="float32", vocab_size=16, fps=8, size=16,
+                  height=videos[0][0].shape[2], width=videos[0][0].shape[3], views=[[16, "center", False]], root="/",
+                  classes=None) | header
+    writer = data.StoreWriter(path, header)
+    for number, (tokens, labels) in enumerate(videos):
+        writer.add(number, f"{number}.mp4", tokens, labels)
+    writer.close()
+    writer.finish()
+    return data.TokenStore(path)
+
+
+def random_store(path, count, lengths=(3, 20), side=4, seed=0, **header):
+    """Videos of random tokens and random lengths: of a clip of five frames at stride 2 some are beyond the end."""
+    random = np.random.default_rng(seed)
+    return write_store(path, [(random.integers(16, size=(1, random.integers(*lengths), side, side)),
+                               {"label": int(random.integers(3))}) for _ in range(count)], **header)
 
 
 @pytest.fixture(scope="session")
@@ -47,7 +87,7 @@ def write_video():
 def workplace(tmp_path_factory):
     """A folder with a very small toy world, pre-trained for a few steps through the command line."""
     place = tmp_path_factory.mktemp("work")
-    toy.make(place / "datasets/toy", {"pretrain": 16, "train": 12, "val": 8, "test": 6}, workers=1)
+    toy.make(place / "datasets/toy", {"pretrain": 24, "train": 12, "val": 8, "test": 6}, workers=1)
     done = run(place, "--steps", 5, "--tokenizer-steps", 20, *flags(TINY))
     assert done.returncode == 0, done.stderr
     (place / "stdout.txt").write_text(done.stdout)

@@ -1,17 +1,18 @@
 """Each real dataset's layout, written as its site gives it out: from video files to accuracy by the command lines."""
 import json
-import sys
 from dataclasses import asdict
 
 import pytest
 import torch
 
-import data
 import finetune
 import pretrain
-import training
 import vqvae
-from conftest import TINY, flags
+from conftest import TINY, call, flags
+from plumbing.annotations import list_videos
+from plumbing.cli import UserError, parse
+from plumbing.runs import save_checkpoint
+from plumbing.store import TokenStore
 from transformer import TransformerConfig
 
 
@@ -78,10 +79,12 @@ def kinetics400(root, video):
     (root / "train.csv").write_text(header + "abseiling,--aID,3,13,train\nwater skiing,bID,10,20,train\n"
                                     "water skiing,cID,0,10,train\nabseiling,goneID,1,11,train\n")
     (root / "val.csv").write_text(header + '"water skiing",dID,7,17,val\nabseiling,eID,5,15,val\n')
+    (root / "test.csv").write_text("youtube_id,time_start,time_end,split\nfID,2,12,test\n")
     for name in ("train/abseiling/--aID_000003_000013", "train/water skiing/bID_000010_000020",
-                 "train/water_skiing/cID_000000_000010", "val/dID_000007_000017", "val/eID_000005_000015"):
+                 "train/water_skiing/cID_000000_000010", "val/dID_000007_000017", "val/eID_000005_000015",
+                 "test/fID_000002_000012"):
         video(root / f"{name}.mp4")
-    return {"train": [0, 1, 1], "val": [1, 0]}
+    return {"train": [0, 1, 1], "val": [1, 0], "test": [None]}
 
 
 LAYOUTS = {"ucf101": ucf101, "hmdb51": hmdb51, "ssv2": ssv2, "diving48": diving48, "kinetics400": kinetics400}
@@ -104,59 +107,58 @@ def models(tmp_path_factory):
     tokenizer.codebook.codes.normal_(std=0.1)
     vqvae.save_tokenizer(tokenizer, place / "tokenizer.pt")
     config = TransformerConfig(1, 16, 2, 8, 32, 3, 4, 4, 32)
-    training.save(place / "last.pt", {"model": pretrain.Vimpac(config, 16, 2).state_dict(), "transformer": asdict(config)})
+    model = pretrain.Vimpac(config, 16, 2)
+    save_checkpoint(place / "last.pt", {"model": model.state_dict(), "transformer": asdict(config)})
     return place
 
 
-def call(main, monkeypatch, *argv):
-    monkeypatch.setattr(sys, "argv", ["script.py", *map(str, argv)])
-    main()
+def succeed(module, *argv):
+    done = call(module, *argv)
+    assert done.returncode == 0, done.stderr
+    return done
 
 
-def tokenize(monkeypatch, models, dataset, root, split, views, out):
-    call(vqvae.main, monkeypatch, "tokenize", "--dataset", dataset, "--root", root, "--split", split, "--views", views,
-         "--tokenizer", models / "tokenizer.pt", "--fps", 8, "--frame-size", 32, "--out", out)
-    return data.TokenStore(out)
+def tokenize(models, dataset, root, split, views, out):
+    done = succeed(vqvae, "tokenize", "--dataset", dataset, "--root", root, "--split", split, "--views", views,
+                   "--tokenizer", models / "tokenizer.pt", "--fps", 8, "--frame-size", 32, "--out", out)
+    return TokenStore(out), done.stderr
 
 
 @pytest.mark.parametrize("dataset", LAYOUTS)
-def test_from_files_to_accuracy(tmp_path, monkeypatch, capsys, video, models, dataset):
-    expected = LAYOUTS[dataset](tmp_path / "root", video)
+def test_from_files_to_accuracy(tmp_path, video, models, dataset):
+    root, expected = tmp_path / "root", LAYOUTS[dataset](tmp_path / "root", video)
     for split, labels in expected.items():
-        listed = data.list_videos(dataset, tmp_path / "root", split)
-        assert [label for _, label in listed] == labels
+        assert [label for _, label in list_videos(dataset, root, split)] == labels
     test = "test" if dataset in ("ucf101", "hmdb51", "diving48") else "val"
-    store = tokenize(monkeypatch, models, dataset, tmp_path / "root", "train", "train", tmp_path / "tokens/train")
+    store, said = tokenize(models, dataset, root, "train", "train", tmp_path / "tokens/train")
     assert list(store.labels()) == expected["train"] and store.views == (6 if dataset == "ssv2" else 12)
-    tested = tokenize(monkeypatch, models, dataset, tmp_path / "root", test, "test", tmp_path / "tokens/test")
+    tested, _ = tokenize(models, dataset, root, test, "test", tmp_path / "tokens/test")
     views = 1 if dataset == "ssv2" else 3
     assert list(tested.labels()) == expected[test] and tested.views == views
     if dataset == "diving48":  # the second dive ends with frame 8 of 16
         assert list(store.index["frames"]) == [16, 8, 16]
-    if dataset == "kinetics400":
-        assert "1 of 4 listed videos are not on this disk" in capsys.readouterr().err
+    assert ("1 of 4 listed videos are not on this disk" in said) == (dataset == "kinetics400")
     split = ["--split", 1] if dataset in ("ucf101", "hmdb51") else []
-    call(finetune.main, monkeypatch, "--dataset", dataset, *split, "--data", tmp_path / "tokens", "--checkpoint",
-         models / "last.pt", "--steps", 2, "--out", tmp_path / "run", "--workers", 0, "--device", "cpu")
-    last = capsys.readouterr().out.strip().splitlines()[-1]
+    done = succeed(finetune, "--dataset", dataset, *split, "--data", tmp_path / "tokens", "--checkpoint",
+                   models / "last.pt", "--steps", 2, "--out", tmp_path / "run", "--workers", 0, "--device", "cpu")
+    last = done.stdout.strip().splitlines()[-1]
     assert last.startswith("top-1 ") and last.endswith(f"({len(expected[test])} videos x {10 * views} views)")
     config = json.loads((tmp_path / "run/config.json").read_text())
     assert (config["lr"], config["weight_decay"]) == (1e-4, 0.01)
 
 
-def test_howto100m_is_every_video_found(tmp_path, monkeypatch, capsys, video, models):
+def test_howto100m_is_every_video_found(tmp_path, video, models):
     video(tmp_path / "root/a/ID1.mp4")
     video(tmp_path / "root/b/c/ID2.webm", codec="libvpx-vp9")
-    store = tokenize(monkeypatch, models, "howto100m", tmp_path / "root", "train", "pretrain", tmp_path / "tokens")
+    store, _ = tokenize(models, "howto100m", tmp_path / "root", "train", "pretrain", tmp_path / "tokens")
     assert [store.name(i) for i in range(2)] == ["a/ID1.mp4", "b/c/ID2.webm"] and store.label_sets() == []
-    call(pretrain.main, monkeypatch, "--data", tmp_path / "tokens", "--steps", 2, "--out", tmp_path / "run",
-         *flags(TINY))
+    succeed(pretrain, "--data", tmp_path / "tokens", "--steps", 2, "--out", tmp_path / "run", *flags(TINY))
     assert (tmp_path / "run/last.pt").is_file()
 
 
 def test_older_releases_of_something_something(tmp_path, video):
     expected = ssv2(tmp_path / "root", video, prefix="something-something-v2-")
-    assert [label for _, label in data.list_videos("ssv2", tmp_path / "root", "val")] == expected["val"]
+    assert [label for _, label in list_videos("ssv2", tmp_path / "root", "val")] == expected["val"]
 
 
 @pytest.mark.parametrize("dataset, lost", [
@@ -166,35 +168,88 @@ def test_older_releases_of_something_something(tmp_path, video):
 def test_a_missing_annotation_is_named(tmp_path, video, dataset, lost):
     LAYOUTS[dataset](tmp_path / "root", video)
     (tmp_path / "root" / lost).rename(tmp_path / "elsewhere")
-    with pytest.raises(FileNotFoundError, match=lost):
-        data.list_videos(dataset, tmp_path / "root", "train")
+    with pytest.raises(UserError, match=lost):
+        list_videos(dataset, tmp_path / "root", "train")
 
 
-def test_what_the_lists_get_wrong_is_named(tmp_path, video):
-    ucf101(tmp_path / "ucf", video)
-    with pytest.raises(ValueError, match="train4"):
-        data.list_videos("ucf101", tmp_path / "ucf", "train4")
-    (tmp_path / "ucf/ucfTrainTestlist/trainlist01.txt").write_text("Juggling/v.avi 3\n")
-    with pytest.raises(ValueError, match="Juggling"):
-        data.list_videos("ucf101", tmp_path / "ucf", "train1")
-    (tmp_path / "ucf/UCF-101").rename(tmp_path / "elsewhere")
-    with pytest.raises(FileNotFoundError, match="UCF-101"):
-        data.list_videos("ucf101", tmp_path / "ucf", "test1")
-    with pytest.raises(ValueError, match="kinetics400"):
-        data.list_videos("ucf102", tmp_path / "ucf", "train")
+@pytest.mark.parametrize("dataset, split, annotation, content, said", [
+    ("ucf101", "test1", "ucfTrainTestlist/testlist01.txt", "YoYo/gone.avi\n", "none of the 1 .*UCF-101/YoYo/gone.avi"),
+    ("ucf101", "train", "ucfTrainTestlist/trainlist01.txt", "Judo/v.avi 3\n", "'Judo' is not among the 2 classes"),
+    ("ssv2", "val", "validation.json", '[{"id": "4", "template": "Eating [something]"}]', "'Eating something'"),
+    ("diving48", "test", "Diving48_V2_test.json", '[{"vid_name": "d_3", "label": 2}]', "label 2 is not among the 2"),
+    ("kinetics400", "val", "val.csv", "label,youtube_id,time_start,time_end\nyoga,dID,7,17\n", "'yoga'")])
+def test_what_is_wrong_in_a_list_is_named(tmp_path, video, dataset, split, annotation, content, said):
+    LAYOUTS[dataset](tmp_path / "root", video)
+    (tmp_path / "root" / annotation).write_text(content)
+    with pytest.raises(UserError, match=said):
+        list_videos(dataset, tmp_path / "root", split)
+
+
+def test_an_unknown_dataset_or_split_is_refused_with_those_that_there_are(tmp_path):
+    with pytest.raises(UserError, match="'ucf102': choose one of .*kinetics400"):
+        list_videos("ucf102", tmp_path, "train")
+    with pytest.raises(UserError, match="no split 'train4': choose one of train1, test1, .*test3"):
+        list_videos("ucf101", tmp_path, "train4")
+
+
+# ---------------------------------------------------------------- a user's own lists
+
+
+@pytest.fixture
+def own(tmp_path):
+    """Writes lists, {file: content}, beside four files that stand for videos -> the folder."""
+    for name in ("a b/c.mp4", "c.mp4", "d.mp4", "e.mp4"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).touch()
+
+    def write(**lists):
+        for name, content in lists.items():
+            (tmp_path / f"{name}.txt").write_text(content)
+        return tmp_path
+    return write
+
+
+def test_labels_that_are_numbers_are_taken_as_they_are(own):
+    root = own(train="a b/c.mp4 7\n\nd.mp4 0\n")
+    assert list_videos("list", root, "train") == [(str(root / "a b/c.mp4"), 7), (str(root / "d.mp4"), 0)]
+
+
+def test_labels_that_are_words_are_numbered_alike_in_every_split(own):
+    root = own(train="c.mp4 walk\nd.mp4 jump\n", test="e.mp4 walk\n")
+    assert [label for _, label in list_videos("list", root, "train")] == [1, 0]
+    assert [label for _, label in list_videos("list", root, "test")] == [1]
+    own(classes="walk\njump\n")
+    assert [label for _, label in list_videos("list", root, "train")] == [0, 1]
+
+
+@pytest.mark.parametrize("lists, said", [
+    (dict(train="c.mp4 walk\n", test="e.mp4 swim\n"), "'swim' is not among the 1 classes"),
+    (dict(train="c.mp4 0\n", test="e.mp4 1\n", classes="walk\n"), "label 1 is not among the 1 classes"),
+    (dict(train="c.mp4 0\n", test="e.mp4 swim\n"), "write the classes, one a line, to .*classes.txt"),
+    (dict(train="c.mp4 0\n", test="e.mp4\n"), "test.txt: every line is"), (dict(train="c.mp4 0\n"), "no .*test.txt")])
+def test_what_is_wrong_in_a_list_of_one_s_own_is_named(own, lists, said):
+    with pytest.raises(UserError, match=said):
+        list_videos("list", own(**lists), "test")
+
+
+def test_a_split_alone_needs_no_other(own):
+    assert [label for _, label in list_videos("list", own(test="e.mp4 3\n"), "test")] == [3]
+
+
+def test_a_folder_without_videos_or_that_is_not_there_is_named(tmp_path):
+    for root in (tmp_path, tmp_path / "none"):
+        with pytest.raises(UserError, match=f"no .*{root}"):
+            list_videos("folder", root, "")
+
+
+# ---------------------------------------------------------------- how each dataset is trained on (Table 4)
 
 
 def test_table_4_s_fine_tuning_numbers():
     for dataset, epochs, fps, updates, videos in (("ssv2", 22, 4, 29000, 168_913), ("diving48", 50, 4, 5800, 15_027),
                                                   ("ucf101", 50, 2, 3700, 9_537), ("hmdb51", 50, 4, 1400, 3_570),
                                                   ("kinetics400", 30, 2, 48000, 205_418)):
-        config = training.parse(finetune.Config, ["--dataset", dataset], "", finetune.DATASETS, chosen_by="dataset")
-        assert (config.epochs, config.fps, config.batch, config.warmup, config.weight_decay) == (epochs, fps, 128, 0.1, 0.01)
+        config = parse(finetune.Config, ["--dataset", dataset], "", finetune.DATASETS, chosen_by="dataset")
+        assert (config.epochs, config.fps, config.batch) == (epochs, fps, 128)
+        assert (config.warmup, config.weight_decay) == (0.1, 0.01)
         assert config.epochs * videos / config.batch == pytest.approx(updates, rel=0.02)
-
-
-def test_views_are_those_of_the_paper():
-    assert len(set(vqvae.views_for("train", 128))) == 12 and {v[0] for v in vqvae.views_for("train", 128)} == {128, 160}
-    assert not any(flip for _, _, flip in vqvae.views_for("train", 128, "ssv2"))
-    assert vqvae.views_for("test", 128, "ssv2") == [(128, "center", False)] == vqvae.views_for("pretrain", 128)
-    assert len(vqvae.views_for("test", 128)) == 3

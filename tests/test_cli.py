@@ -1,0 +1,108 @@
+import importlib
+import io
+import re
+import sys
+from dataclasses import dataclass
+
+import pytest
+
+import finetune
+import pretrain
+import vqvae
+from conftest import call
+from plumbing import cli
+from plumbing.cli import UserError, option
+
+
+@dataclass
+class Example:
+    preset: str = option("slow", "which", choices=["slow", "fast"])
+    lr: float = option(0.1, "rate")
+    steps: int = option(5, "how many", least=1)
+    d_max: float | None = option(None, "a limit")
+    resume: bool = option(False, "go on")
+    size: int = option(16, "pixels", multiple=8)
+
+
+PRESETS = {"slow": {}, "fast": dict(lr=1.0, steps=1)}
+
+
+def parse(*argv):
+    return cli.parse(Example, list(argv), "text", PRESETS)
+
+
+def test_flags_win_over_presets_and_presets_over_defaults():
+    assert parse() == Example()
+    assert parse("--preset", "fast", "--steps", "3", "--resume", "--d-max", "2") == Example("fast", 1.0, 3, 2.0, True)
+    assert parse("--resume", "--no-resume") == Example()
+
+
+@pytest.mark.parametrize("argv, said", [
+    (["--steps", "many"], "many"), (["--steps", "0"], "--steps must be at least 1, not 0"), (["--preset", "slwo"], "fast"),
+    (["--step-size", "3"], "--step-size"), (["--step", "3"], "--step"), (["--size", "20"], "multiple of 8, not 20"),
+    (["--size", "0"], "multiple of 8, not 0")])
+def test_a_wrong_value_ends_with_one_line_and_code_2(argv, said, capsys):
+    with pytest.raises(SystemExit) as stop:
+        parse(*argv)
+    lines = capsys.readouterr().err.strip().splitlines()
+    assert stop.value.code == 2 and len(lines) == 1 and said in lines[0]
+
+
+def test_what_the_user_can_mend_ends_in_one_line_and_what_he_cannot_keeps_its_traceback(capsys, monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["/some/where/pretrain.py"])
+
+    def wrong(error):
+        raise error
+    with pytest.raises(SystemExit) as stop:
+        cli.run(lambda: wrong(UserError("--lr -1: it is positive")))
+    assert stop.value.code == 2 and capsys.readouterr().err == "pretrain.py: --lr -1: it is positive\n"
+    for error in (ValueError("a bug"), FileNotFoundError("a bug")):
+        with pytest.raises(type(error), match="a bug"):
+            cli.run(lambda: wrong(error))
+    assert capsys.readouterr().err == ""
+
+
+@pytest.mark.parametrize("script, argv, flag", [
+    ("pretrain", [], "--d-max"), ("pretrain", ["--preset", "large"], "--d-max"), ("finetune", [], "--eval-only"),
+    ("finetune", ["--dataset", "ssv2"], "--eval-only"), ("toy", [], "--seed"), ("vqvae", [], "vqvae.py tokenize"),
+    ("vqvae", ["train"], "--codes"), ("vqvae", ["tokenize"], "--views"), ("throughput", [], "--reference"),
+    ("loading", [], "tokenize"), ("loading", ["store"], "--videos"), ("loading", ["measure"], "--store"),
+    ("loading", ["tokenize"], "--repeat")])
+def test_help_of_every_command_is_shown(script, argv, flag):
+    for asked in ("--help", "-h"):
+        done = call(importlib.import_module(script), *argv, asked)
+        assert done.returncode == 0 and flag in done.stdout and not done.stderr
+
+
+def shown(module, *argv):
+    """The values that --help shows -> {flag: text}."""
+    text = " ".join(call(module, *argv, "--help").stdout.split())
+    return dict(re.findall(r" --([a-z-]+)(?:(?! --[a-z]).)*?\(default: ([^)]*)\)", text))
+
+
+def test_help_shows_the_values_in_force():
+    assert {"lr": "0.004", "layers": "3", "preset": "toy"}.items() <= shown(pretrain).items()
+    assert {"lr": "0.001", "layers": "6", "preset": "small"}.items() <= shown(pretrain, "--preset", "small").items()
+    assert {"lr": "0.0003", "layers": "24"}.items() <= shown(pretrain, "--preset=large").items()
+    assert {"lr": "0.001", "out": "runs/finetune-motion"}.items() <= shown(finetune).items()
+    assert {"split": "1", "data": "tokens/ucf101", "epochs": "50.0"}.items() <= shown(finetune, "--dataset",
+                                                                                      "ucf101").items()
+    assert "lr" not in shown(finetune, "--dataset", "ucf101")  # it depends on the checkpoint
+
+
+def test_a_script_of_several_commands_asks_for_one():
+    for argv in ([], ["tokenise"], ["--codes", "5"]):
+        done = call(vqvae, *argv)
+        assert done.returncode == 2 and len(done.stderr.splitlines()) == 1 and "vqvae.py tokenize" in done.stderr
+    done = call(vqvae, "train", "--codes", "many")
+    assert done.returncode == 2 and done.stderr.startswith("vqvae.py train: ") and "many" in done.stderr
+
+
+def test_progress_off_a_terminal_is_lines_and_on_other_processes_nothing(monkeypatch):
+    for show in (True, False):
+        stderr = io.StringIO()
+        monkeypatch.setattr(sys, "stderr", stderr)
+        assert list(cli.progress(range(3), "working", 3, " things", show)) == [0, 1, 2]
+        lines = stderr.getvalue().splitlines()
+        assert all(line.strip() for line in lines) and "\r" not in stderr.getvalue()
+        assert ("working" in lines[-1] and "3/3" in lines[-1]) if show else not lines

@@ -1,0 +1,105 @@
+import pytest
+import torch
+import torch.nn.functional as F
+
+from plumbing import kernels
+
+
+@pytest.fixture
+def launches(monkeypatch):
+    """The masks that the fused kernel is launched with; it is still launched."""
+    masks, launch = [], F.scaled_dot_product_attention
+
+    def spy(q, k, v, attn_mask=None, dropout_p=0.0):
+        masks.append(attn_mask)
+        return launch(q, k, v, attn_mask=attn_mask, dropout_p=dropout_p)
+    monkeypatch.setattr(F, "scaled_dot_product_attention", spy)
+    return masks
+
+
+def one_sequence(q, k, v, ignore):
+    """softmax(q k^T / sqrt(a)) v of one head over the keys that count: (L, a) each."""
+    k, v = k[~ignore], v[~ignore]
+    return (q @ k.t() / q.shape[-1] ** 0.5).softmax(dim=-1) @ v
+
+
+@pytest.mark.parametrize("padded", [False, True])
+@pytest.mark.parametrize("fused, limit, count", [((), 7, 0), (("cpu",), 65_535, 1), (("cpu",), 7, 6)])
+def test_attention_in_one_kernel_or_in_several_launches_is_its_equation(fused, limit, count, padded, launches,
+                                                                        monkeypatch):
+    monkeypatch.setattr(kernels, "FUSED", fused)
+    monkeypatch.setattr(kernels, "MOST_SEQUENCES", limit)
+    torch.manual_seed(0)
+    inputs = torch.randn(3, 2, 4, 5, 3, 6, 8, dtype=torch.float64, requires_grad=True)  # 2 x 4 x 5 sequences of 6
+    ignore = torch.rand(2, 4, 5, 6) < 0.4
+    ignore[..., 0], ignore[1, 2, 3, 1:] = False, True  # only CLS is left
+    ignore &= padded
+    out = kernels.attention(*inputs, ignore if padded else None, 0.0)
+    places = [(*place, head) for place in torch.cartesian_prod(*map(torch.arange, (2, 4, 5))).tolist() for head in range(3)]
+    expected = torch.stack([one_sequence(*inputs[(slice(None), *place)], ignore[tuple(place[:3])]) for place in places])
+    expected = expected.unflatten(0, (2, 4, 5, 3))
+    assert torch.allclose(out, expected)
+    weights = torch.randn_like(out)
+    ours, plain = (torch.autograd.grad((x * weights).sum(), inputs)[0] for x in (out, expected))
+    assert torch.allclose(ours, plain)
+    assert len(launches) == count and all((mask is not None) == padded for mask in launches)
+
+
+@pytest.mark.parametrize("fused", [(), ("cpu",)])
+def test_attention_drops_probabilities(fused, monkeypatch):
+    """Equal scores and the identity for values: what comes out are the probabilities, 1/8 each, a quarter dropped."""
+    monkeypatch.setattr(kernels, "FUSED", fused)
+    torch.manual_seed(0)
+    q, v = torch.zeros(20, 10, 2, 8, 8), torch.eye(8).expand(20, 10, 2, 8, 8)
+    out = kernels.attention(q, q, v, None, 0.25)
+    assert (out == 0).float().mean().item() == pytest.approx(0.25, abs=0.02)
+    assert torch.allclose(out[out > 0], torch.tensor(1 / 8 / 0.75))
+
+
+def test_dropout_drops_its_share_and_keeps_the_mean():
+    """p of the elements become 0, the others grow by 1 / (1 - p), independently of their neighbours; so in backward."""
+    torch.manual_seed(0)
+    x = torch.ones(1001, 1001, requires_grad=True)  # no multiple of the four elements that share a draw
+    for p in (0.1, 0.5):
+        y = kernels.dropout(x, p, True)
+        kept = y > 0
+        assert y[kept].unique().tolist() == pytest.approx([1 / (1 - p)], rel=1e-4)
+        assert kept.float().mean() == pytest.approx(1 - p, abs=2e-3)
+        for both in (kept[1:] & kept[:-1], kept[:, 1:] & kept[:, :-1], kept[:, 4:] & kept[:, :-4]):
+            assert both.float().mean() == pytest.approx((1 - p) ** 2, abs=3e-3)
+        assert torch.equal(torch.autograd.grad(y.sum(), x)[0], y)
+    assert torch.equal(kernels.dropout(x, 0.5, False), x) and torch.equal(kernels.dropout(x, 0.0, True), x)
+
+
+def kept_for_backward(function, *inputs):
+    """-> what the function returns, bytes of the tensors that it keeps for the backward pass."""
+    kept = {}
+
+    def keep(tensor):
+        kept[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
+        return tensor
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        out = function(*inputs)
+    return out, sum(kept.values())
+
+
+@pytest.mark.parametrize("precision", [torch.float32, torch.bfloat16])
+def test_gelu_linear_is_its_two_parts_and_does_not_keep_gelu(precision):
+    torch.manual_seed(0)
+    linear, hidden = torch.nn.Linear(64, 16), torch.randn(50, 64, requires_grad=True)
+    found = []
+    for function in (kernels.gelu_linear, lambda x, linear: linear(F.gelu(x))):
+        with torch.autocast("cpu", precision, enabled=precision == torch.bfloat16):
+            out, kept = kept_for_backward(function, hidden, linear)
+        found.append((kept, out, *torch.autograd.grad(out.float().square().sum(), (hidden, *linear.parameters()))))
+    (kept, *ours), (kept_plainly, *plain) = found
+    for a, b in zip(ours, plain):
+        assert a.dtype == b.dtype and torch.equal(a, b)
+    assert kept == hidden.nbytes
+    assert kept_plainly >= kept + hidden.numel() * precision.itemsize
+
+
+def test_dropout_keeps_a_byte_an_element_for_the_backward_pass():
+    x = torch.ones(100, 100, requires_grad=True)
+    _, kept = kept_for_backward(kernels.dropout, x, 0.1, True)
+    assert kept <= 1.01 * x.numel()

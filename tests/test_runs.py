@@ -1,0 +1,193 @@
+import json
+from dataclasses import dataclass
+
+import pytest
+import torch
+from torch import nn
+
+from plumbing import runs
+from plumbing.cli import UserError, option
+
+
+@dataclass
+class Settings(runs.RunSettings):
+    out: str = option("", "folder")
+    batch: int = option(2, "videos")
+    lr: float = option(0.1, "rate")
+    weight_decay: float = option(0.5, "decay")
+    log_every: int = option(2, "steps")
+
+
+class Model(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.linear, self.norm, self.batch = nn.Linear(3, 3), nn.LayerNorm(3), nn.BatchNorm1d(3)
+        self.table, self.cls = nn.Embedding(4, 3), nn.Parameter(torch.ones(3))
+        self.backbone = type("Backbone", (), {"config": Settings()})()
+
+
+DECAYED = {"linear.weight", "table.weight", "cls"}
+
+
+def one_step(model, optimizer, step=0, gradient=0.0):
+    """A step along the same gradient of all parameters -> {name: how far it moved}."""
+    before = {name: p.detach().clone() for name, p in model.named_parameters()}
+    for p in model.parameters():
+        p.grad = torch.full_like(p, gradient)
+    optimizer.step(step)
+    return {name: p.detach() - before[name] for name, p in model.named_parameters()}
+
+
+def test_the_schedule_rises_then_falls_to_zero():
+    rates = [runs.learning_rate(step, 100, 1.0, 0.1) for step in range(101)]
+    assert rates[:10] == pytest.approx([(i + 1) / 11 for i in range(10)])
+    assert rates[10] == 1.0 and rates[55] == pytest.approx(0.5) and rates[100] == 0
+    assert max(rates) == 1.0 and min(rates[:100]) > 0
+    assert runs.learning_rate(0, 10, 1.0, 0) == 1.0
+
+
+def test_biases_and_norms_are_not_decayed():
+    model = Model()
+    moved = one_step(model, runs.Optimizer(model, Settings(), 10, (0.9, 0.98)))
+    assert {name for name, by in moved.items() if by.any()} == DECAYED
+
+
+def test_a_step_follows_the_schedule_and_the_gradient_is_clipped_and_cleared():
+    model = Model()
+    optimizer = runs.Optimizer(model, Settings(weight_decay=0.0, warmup=0.0, clip=0.5), 4, (0.9, 0.98))
+    for step, expected in enumerate((0.1, 0.075, 0.05, 0.025)):
+        moved = one_step(model, optimizer, step, gradient=100.0)
+        assert torch.allclose(moved["cls"], torch.full((3,), -expected), rtol=1e-4)  # Adam's step: the rate itself
+    assert all(p.grad is None for p in model.parameters())
+    numbers = sum(p.numel() for p in model.parameters())
+    squared = optimizer.adamw.state[model.cls]["exp_avg_sq"] / (1 - 0.98 ** 4)  # the mean square of one number
+    assert (squared * numbers).sqrt().tolist() == pytest.approx([0.5] * 3, rel=1e-3)
+
+
+def save(path, model, optimizer, step=7):
+    runs.save_checkpoint(path, {"model": model.state_dict(), **optimizer.state_dict(), "step": step})
+
+
+def test_another_weight_decay_is_taken_from_the_flags_and_moments_from_the_checkpoint(tmp_path):
+    """A run that goes on, or a second stage, with another --weight-decay decays by the new one."""
+    torch.manual_seed(0)
+    model = Model()
+    optimizer = runs.Optimizer(model, Settings(weight_decay=0.5), 10, (0.9, 0.98))
+    for step in range(3):
+        one_step(model, optimizer, step, gradient=step + 1.0)
+    save(tmp_path / "last.pt", model, optimizer)
+    moved = {}
+    for decay in (0.0, 0.2):
+        other = Model()
+        restored = runs.Optimizer(other, Settings(weight_decay=decay, warmup=0.0), 10, (0.9, 0.999))
+        assert runs.restore(tmp_path / "last.pt", other, restored) == 7
+        assert [group["weight_decay"] for group in restored.adamw.param_groups] == [decay, 0.0]
+        assert all(group["betas"] == (0.9, 0.999) for group in restored.adamw.param_groups)
+        for old, new in zip(model.parameters(), other.parameters()):
+            assert torch.equal(old, new)
+            for kind in ("exp_avg", "exp_avg_sq", "step"):
+                assert torch.equal(restored.adamw.state[new][kind], optimizer.adamw.state[old][kind])
+        moved[decay] = one_step(other, restored, gradient=1.0)
+    for name, p in model.named_parameters():
+        expected = -0.1 * 0.2 * p if name in DECAYED else torch.zeros_like(p)
+        assert torch.allclose(moved[0.2][name] - moved[0.0][name], expected.detach(), atol=1e-6), name
+
+
+def test_a_gradient_scaler_keeps_its_scale_over_a_checkpoint(tmp_path):
+    model = Model()
+    half, single = (runs.Optimizer(model, Settings(), 10, (0.9, 0.98), d) for d in (torch.float16, torch.float32))
+    half.scaler = torch.amp.GradScaler("cpu", init_scale=128.0)
+    half.backward(model.cls.sum())
+    assert model.cls.grad.tolist() == [128.0] * 3
+    one_step(model, half)
+    for optimizer, found in ((half, 128.0), (single, 65536.0)):  # 65536: where a scale starts
+        save(tmp_path / "last.pt", model, optimizer)
+        for precision, expected in ((torch.float16, found), (torch.float32, 1.0)):
+            other = Model()
+            restored = runs.Optimizer(other, Settings(), 10, (0.9, 0.98), precision)
+            runs.restore(tmp_path / "last.pt", other, restored)
+            assert restored.scaler.get_scale() == expected
+
+
+def test_files_that_are_no_checkpoint_of_a_run_are_named(tmp_path):
+    model = Model()
+    optimizer = runs.Optimizer(model, Settings(), 10, (0.9, 0.98))
+    (tmp_path / "text.pt").write_text("nothing")
+    torch.save({"model": {}}, tmp_path / "part.pt")
+    torch.save({"model": Settings()}, tmp_path / "object.pt")
+    for name, said in (("text.pt", "not a checkpoint"), ("part.pt", "no checkpoint of a run"), ("none.pt", "no file"),
+                       ("object.pt", "not a checkpoint")):
+        with pytest.raises(UserError, match=f"{said}.*{name}|{name}.*{said}"):
+            runs.restore(tmp_path / name, model, optimizer)
+    save(tmp_path / "last.pt", model, optimizer)
+    model.cls = nn.Parameter(torch.ones(4))
+    with pytest.raises(UserError, match="last.pt does not fit this model.*cls"):
+        runs.restore(tmp_path / "last.pt", model, optimizer)
+
+
+def test_a_checkpoint_is_written_whole_or_not_at_all(tmp_path):
+    runs.save_checkpoint(tmp_path / "last.pt", {"step": 1})
+
+    class Unwritable:
+        def __reduce__(self):
+            raise OSError("disk full")
+    with pytest.raises(OSError):
+        runs.save_checkpoint(tmp_path / "last.pt", {"step": Unwritable()})
+    assert torch.load(tmp_path / "last.pt") == {"step": 1}
+    assert [path.name for path in tmp_path.iterdir()] == ["last.pt"]
+
+
+def test_only_a_resumed_or_restarted_run_goes_on_from_a_checkpoint(tmp_path, monkeypatch):
+    assert runs.last_checkpoint(tmp_path, resume=True) is None
+    (tmp_path / "last.pt").write_text("a run's")
+    assert runs.last_checkpoint(tmp_path, resume=True) == tmp_path / "last.pt"
+    assert runs.last_checkpoint(tmp_path, resume=False) is None
+    monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "1")
+    assert runs.last_checkpoint(tmp_path, resume=False) == tmp_path / "last.pt"
+
+
+def start(out, **changes):
+    return runs.Run(Settings(out=str(out), steps=6, save_every=2, **changes), Model(), 10, 1.0, (0.9, 0.98),
+                    torch.device("cpu"))
+
+
+def test_a_run_goes_on_where_it_stopped_and_drops_the_metrics_after_it(tmp_path):
+    for step in start(tmp_path).each_step("test"):
+        if step == 5:
+            break  # killed after the checkpoint of step 4
+    with open(tmp_path / "metrics.jsonl", "a") as file:
+        file.write('{"step": 4, "loss": 1}\n{"step": 5, "loss": 2}\n{"step": 6, "lo')
+    run = start(tmp_path, resume=True)
+    assert run.first == 4 and list(run.each_step("test")) == [4, 5]
+    run.write(step=5, loss=0.25)
+    assert [(r["step"], r["loss"]) for r in runs.read_metrics(tmp_path)] == [(4, 1), (5, 0.25)]
+    assert json.loads((tmp_path / "config.json").read_text())["steps"] == 6
+    assert start(tmp_path, resume=True).first == 6
+    assert not (tmp_path / "last.old.pt").exists()
+
+
+def test_a_run_that_begins_puts_an_earlier_checkpoint_aside(tmp_path):
+    (tmp_path / "last.pt").write_text("an earlier run's")
+    (tmp_path / "metrics.jsonl").write_text('{"step": 4, "loss": 1}\n')
+    assert start(tmp_path).first == 0
+    assert (tmp_path / "last.old.pt").read_text() == "an earlier run's" and not (tmp_path / "last.pt").exists()
+    assert runs.read_metrics(tmp_path) == []
+
+
+def test_a_line_of_metrics_holds_the_means_since_the_last_and_a_loss_of_nan_stops_the_run(tmp_path):
+    run = start(tmp_path)
+    for step in run.each_step("test"):
+        loss = torch.tensor(float("nan") if step == 4 else step)
+        if step == 5:
+            with pytest.raises(FloatingPointError, match="step 6: lower --lr"):
+                run.record(step, {"loss": loss, "right": loss * 10}, 0.1, "{loss:.1f}")
+        else:
+            run.record(step, {"loss": loss, "right": loss * 10}, 0.1, "{loss:.1f}")
+    found = [(r["step"], r["loss"], r["right"], r["epoch"]) for r in runs.read_metrics(tmp_path)]
+    assert found[:2] == [(2, 0.5, 5.0, 0.4), (4, 2.5, 25.0, 0.8)]
+
+
+def test_epochs_are_passes_over_the_videos(tmp_path):
+    for videos, epochs, steps in ((10, 1.0, 5), (11, 2.0, 11), (9, 0.5, 2), (2, 0.1, 1)):
+        run = runs.Run(Settings(out=str(tmp_path)), Model(), videos, epochs, (0.9, 0.98), torch.device("cpu"))
+        assert run.steps == steps
