@@ -2,7 +2,7 @@
 
     python contrastive.py    the loss at chance for several batch sizes, beside what random features give
 
-Shapes: n videos in the batch of one process, d features.
+Shapes: n videos in the batch of one process, B = 2n clips, d features.
 """
 import math
 
@@ -25,16 +25,16 @@ def info_nce(first, second, temperature=0.2):
     processes is the gradient of the loss itself.
     """
     with torch.autocast(first.device.type, enabled=False):  # in float32, as small differences decide
-        f = F.normalize(torch.cat([gather(first), gather(second)]).float(), dim=1)  # (2n, d), n of all processes
+        f = F.normalize(torch.cat([gather(first), gather(second)]).float(), dim=1)  # (2n, d), of all processes
         similarity = f @ f.t() / temperature  # (2n, 2n)
-    n = len(f) // 2
-    similarity = similarity.masked_fill(torch.eye(2 * n, dtype=torch.bool, device=f.device), float("-inf"))
-    positive = torch.arange(2 * n, device=f.device).roll(n)  # clip i's partner is i + n, and the other way round
+    own = torch.eye(len(f), dtype=torch.bool, device=f.device)
+    similarity = similarity.masked_fill(own, float("-inf"))
+    positive = torch.arange(len(f), device=f.device).roll(len(f) // 2)  # clip i's partner is i + n, and i + n's is i
     return 2 * F.cross_entropy(similarity, positive)  # the mean over 2n clips, twice: L_i + L'_i
 
 
 class ProjectionHead(nn.Module):
-    """Eq. 18: (Linear, BatchNorm, ReLU) for each hidden layer, then a Linear without bias. (n, dim) -> (n, out)."""
+    """Eq. 18: (Linear, BatchNorm, ReLU) for each hidden layer, then a Linear without bias. (B, dim) -> (B, out)."""
 
     def __init__(self, dim, hidden, layers, out=256):
         super().__init__()
@@ -43,10 +43,10 @@ class ProjectionHead(nn.Module):
         self.norms = nn.ModuleList(BatchNorm(hidden) for _ in self.hidden)
         self.out = nn.Linear(widths[-1], out, bias=False)
 
-    def forward(self, x):  # (n, dim)
+    def forward(self, x):  # (B, dim)
         for linear, norm in zip(self.hidden, self.norms):
-            x = F.relu(norm(linear(x).float()))  # (n, hidden); statistics in float32 also under autocast
-        return self.out(x)  # (n, out)
+            x = F.relu(norm(linear(x).float()))  # (B, hidden); statistics in float32 also under autocast
+        return self.out(x)  # (B, out)
 
     @classmethod
     def from_released(cls, state):

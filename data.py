@@ -2,7 +2,7 @@
 
 A video is decoded and tokenised once, ahead of training; from then on a clip is a slice of a memory-mapped array.
 
-Shapes: F frames of a video, S frame side in pixels, H x W tokens a frame, T frames of a clip, B videos in a batch.
+Shapes: F frames of a video, N frames of many, S frame side in pixels, H x W tokens a frame, T frames of a clip.
 """
 import math
 import os
@@ -28,7 +28,8 @@ def spread(count, size):
 def views_for(kind, size, dataset=None):
     """The views that are cut from each video, as (shorter side, crop, flip): see decoding.read_views.
 
-    pretrain: the centre. train: 2 resizes x 3 crops x 2 flips, 12 in all. test: 3 crops. Something-Something tells left
+    pretrain: the centre. train: 2 resizes (S and, as released, 1.25 S; the paper says 1.5 S) x 3 crops x 2 flips, 12 in
+    all. test: 3 crops. Something-Something tells left
     from right, so it is never flipped, and is tested on the centre alone.
     """
     crops, flips = ("top-left", "center", "bottom-right"), (False,) if dataset == "ssv2" else (False, True)
@@ -125,7 +126,7 @@ class EvenClips:
     def starts(self, length):
         """Of a video of so many frames: from its first frame to its last; of one clip, the middle."""
         last = last_start(length, self.frames, self.stride)
-        return np.linspace(0, last, self.clips).round().astype(int) if self.clips > 1 else [last // 2]
+        return np.arange(self.clips) * last // (self.clips - 1) if self.clips > 1 else [last // 2]
 
     def __getitem__(self, video):
         starts = self.starts(int(self.store.index["frames"][video]))
@@ -143,7 +144,7 @@ def hold_out(videos, count):
 
 
 def few_labels(labels, count, seed=0):
-    """So many videos with every class as often as any other -> their numbers (count,), or all where count is 0.
+    """So many videos, each class in proportion -> their numbers (count,), or all where count is 0.
 
     labels: int (videos,).
     """

@@ -28,7 +28,7 @@ from plumbing.tokens import PAD
 from transformer import VideoTransformer, load_backbone
 
 PAPER = dict(data="", lr=None, batch=128, warmup=0.1, weight_decay=0.01, labels="label", workers=4)
-DATASETS = {  # Table 4; scratch_epochs: how many times the epochs without pre-training
+DATASETS = {  # Table 4, and the released frame rates; scratch_epochs: how many times the epochs without pre-training
     "toy": {},  # the defaults below
     "own": dict(PAPER, epochs=50.0, fps=2.0, scratch_epochs=4.0),  # any other: as for the small ones
     "ucf101": dict(PAPER, epochs=50.0, fps=2.0, scratch_epochs=4.0, split=1),
@@ -36,6 +36,7 @@ DATASETS = {  # Table 4; scratch_epochs: how many times the epochs without pre-t
     "diving48": dict(PAPER, epochs=50.0, fps=4.0, scratch_epochs=4.0),
     "ssv2": dict(PAPER, epochs=22.0, fps=4.0, scratch_epochs=1.5),
     "kinetics400": dict(PAPER, epochs=30.0, fps=2.0, scratch_epochs=1.5)}
+BETAS = (0.9, 0.999)  # of Adam, Table 4
 
 
 @dataclass
@@ -46,7 +47,7 @@ class Config(runs.RunSettings):
     data: str = option("datasets/toy/tokens", "folder with the token stores")
     split: int = option(0, "1, 2 or 3 of UCF101 and HMDB51 (0: the stores are called train and test)")
     labels: str = option("motion", "label set to learn (the toy has motion, appearance and direction)")
-    few: int = option(0, "train on so many videos, every class alike (0: on all)", least=0)
+    few: int = option(0, "train on so many videos, of each class its share (0: on all)", least=0)
     out: str = option("", "folder of the run")
     eval_only: bool = option(False, "test the checkpoint's own classifier, without training")
     eval_split: str = option("test", "which store to measure on: val to choose, test to report")
@@ -118,7 +119,7 @@ def pick_labels(stores, wanted):
 
 @torch.no_grad()
 def evaluate(model, store, config, device, precision):
-    """Softmax probabilities averaged over clips and views (App. of the paper) -> float32 (videos, C), on every process.
+    """Softmax probabilities averaged over clips and views -> float32 (videos, C), on every process.
 
     Each process tests every world-th video, so every video counts exactly once.
     """
@@ -154,7 +155,7 @@ def train(config, model, store, labels, device):
     """The whole of fine-tuning, from config.out/last.pt on where --resume asks for it."""
     videos = data.few_labels(store.labels(labels), config.few, config.seed)
     epochs = config.epochs * (config.scratch_epochs if config.from_scratch else 1)
-    training = runs.Run(config, model, len(videos), epochs, (0.9, 0.999), device)
+    training = runs.Run(config, model, len(videos), epochs, BETAS, device)
     frames, stride = model.backbone.config.frames, data.stride_for(store, config.fps)
     samples = data.RandomClips(store, labels, frames, stride, config.seed)
     batches = data.Batches(videos, config.batch, training.steps, training.first, config.seed, *rank_and_world())
@@ -177,15 +178,15 @@ def prepare(config, device):
     if not Path(config.checkpoint).is_file():
         raise UserError(f"no checkpoint at {config.checkpoint} (python pretrain.py makes the toy one)")
     seed_all(config.seed)
-    backbone = load_backbone(config.checkpoint, dropout=config.dropout)
+    store, backbone = stores[config.eval_split], load_backbone(config.checkpoint, dropout=config.dropout)
+    backbone.resize(backbone.config.frames, store.height, store.width)
     if config.from_scratch:
         backbone = VideoTransformer(backbone.config)
     for store in stores.values():
         if store.header["vocab_size"] != backbone.config.vocab_size:
             raise UserError(f"{store.path} holds {store.header['vocab_size']} codes, "
                             f"the model of {config.checkpoint} knows {backbone.config.vocab_size}")
-    store = stores[config.eval_split]
-    model = Classifier(backbone.resize(backbone.config.frames, store.height, store.width), classes)
+    model = Classifier(backbone, classes)
     if config.eval_only:
         model.load_classifier(config.checkpoint)
     if config.lr is None:

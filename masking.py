@@ -91,14 +91,15 @@ def blocks_for(frames, height, width, target=0.15):
 # ---------------------------------------------------------------- what stands in a hidden token's place
 
 
-def cuboid_draws(cuboids, generator=None):
-    """A number in 0..1 for each cuboid, at every token inside; where cuboids overlap, the last decides.
+def cuboid_draws(boxes, generator=None):
+    """A number in 0..1 for each cuboid, at every token inside: bool (B, N, T, H, W) of `cuboids` -> float (B, T, H, W).
 
-    cuboids: bool (B, N, T, H, W) -> float (B, T, H, W).
+    Where cuboids overlap, the last decides; but as released, one that leaves its tokens (0.9 and more) undoes no other.
     """
-    draw = torch.rand(*cuboids.shape[:2], 1, 1, 1, device=cuboids.device, generator=generator)
-    last = cuboids.shape[1] - 1 - cuboids.flip(1).int().argmax(dim=1, keepdim=True)  # (B, 1, T, H, W)
-    return draw.expand(cuboids.shape).gather(1, last)[:, 0]
+    draw = torch.rand(*boxes.shape[:2], 1, 1, 1, device=boxes.device, generator=generator)
+    draw = draw.where(boxes & (draw < 0.9), 1)  # (B, N, T, H, W)
+    last = boxes.shape[1] - 1 - (draw < 1).flip(1).int().argmax(dim=1, keepdim=True)  # (B, 1, T, H, W)
+    return draw.gather(1, last)[:, 0]
 
 
 def noisy_codes(draw, vocab_size, generator=None):

@@ -32,16 +32,17 @@ from plumbing.pictures import save_fill_in
 from plumbing.processes import move, rank_and_world, say, seed_all, wait_for_all
 from plumbing.store import check_header
 from plumbing.tokenizing import fingerprint
-from transformer import TokenHead, TransformerConfig, VideoTransformer, resize_table
+from transformer import TokenHead, TransformerConfig, VideoTransformer, init_weights, resize_table
 
 PRESETS = {
     "toy": dict(layers=3, dim=64, heads=4, head_dim=16, mlp_dim=256, frame_size=64, fps=8.0, codes=256, dropout=0.0,
                 min_stride=2, max_stride=4, projection_hidden=128, projection_layers=2, batch=32, lr=4e-3, steps=800,
                 tokenizer_steps=600, log_every=25, knn=20, workers=0),
-    "small": {},  # the defaults below: Table 3 and the second column of Table 4
-    "base": dict(layers=12, dim=768, heads=12, mlp_dim=3072),
-    "large": dict(layers=24, dim=1024, heads=16, head_dim=32, projection_hidden=4096, projection_layers=3, epochs=90,
-                  lr=3e-4, warmup=0.05)}
+    "small": dict(out="runs/small"),  # and the defaults below: Table 3, second column of Table 4
+    "base": dict(out="runs/base", layers=12, dim=768, heads=12, mlp_dim=3072),
+    "large": dict(out="runs/large", layers=24, dim=1024, heads=16, head_dim=32, projection_hidden=4096, projection_layers=3,
+                  epochs=90, lr=3e-4, warmup=0.05)}
+BETAS = (0.9, 0.98)  # of Adam, Table 4
 
 
 @dataclass
@@ -62,7 +63,7 @@ class Config(runs.RunSettings):
     layout: str = option("T,H|W", "attention layout (Table 13)")
     pre_norm: bool = option(False, "pre-LayerNorm in place of post-LayerNorm")
     projection_hidden: int = option(2048, "hidden size of the projection head")
-    projection_layers: int = option(2, "layers of the projection head")
+    projection_layers: int = option(2, "layers of the projection head", least=1)
     # the clips
     frames: int = option(5, "frames of a clip, T", least=1)
     frame_size: int = option(128, "frame side in pixels, S (of --videos), of which a token covers 8 x 8", multiple=8)
@@ -71,12 +72,12 @@ class Config(runs.RunSettings):
     tokenizer_steps: int = option(1000, "training steps of that tokenizer")
     min_stride: int = option(1, "smallest step between a clip's frames, in stored frames")
     max_stride: int = option(1, "largest step between a clip's frames")
-    d_max: float | None = option(None, "largest distance between the two clips' starts, in seconds")
+    d_max: float | None = option(None, "largest distance between the two clips' starts, in seconds", least=0)
     held_out: int = option(128, "videos kept out of training, to measure on and to draw (at most a tenth)", least=0)
     # the two tasks
     mask: str = option("block", "how tokens are hidden", choices=["block", "iid"])
     mask_ratio: float = option(0.15, "share of the tokens to hide")
-    blocks: int = option(0, "cuboids of a block mask (0: the number that comes closest to the ratio)")
+    blocks: int = option(0, "cuboids of a block mask (0: the number that comes closest to the ratio)", least=0)
     noise: bool = option(False, "80% MASK, 10% random codes, 10% left, drawn per cuboid (Sec. G.3), or i.i.d. token")
     alpha: float = option(1.0, "weight of the contrastive loss")
     gamma: float = option(0.2, "temperature of the contrastive loss")
@@ -131,7 +132,7 @@ class Vimpac(nn.Module):
         super().__init__()
         self.backbone = VideoTransformer(config)
         self.token_head = TokenHead(config)
-        self.projection_head = ProjectionHead(config.dim, projection_hidden, projection_layers)
+        self.projection_head = ProjectionHead(config.dim, projection_hidden, projection_layers).apply(init_weights)
 
     def forward(self, inputs, hidden, padded=None):
         """inputs: int64 (B, T, H, W), already masked. hidden: int64 (M,), which of their B*T*H*W places to predict.
@@ -222,7 +223,7 @@ def prepare(config, device):
 
 def update(model, config, micro_batches, vocab_size, optimizer, precision, step):
     """One optimizer step on a list of micro-batches, clips int64 (n, 2, T, H, W) each -> the means of what `losses`
-    measures, the learning rate. All randomness is a function of the seed and the step."""
+    measures, the learning rate. All randomness is a function of the seed, the step and, dropout's, the process."""
     seed_all(config.seed, step, rank_and_world()[0])  # dropout
     generator = torch.Generator().manual_seed(processes.one_seed(config.seed, step))  # masks
     device, found = next(model.parameters()).device, []
@@ -241,7 +242,7 @@ def train(config, model, store, device, monitor_folder):
     videos, held_out = data.hold_out(len(store), config.held_out)
     if not config.alpha:
         model.projection_head.requires_grad_(False)
-    training = runs.Run(config, model, len(videos), config.epochs, (0.9, 0.98), device, config.init, resize_table)
+    training = runs.Run(config, model, len(videos), config.epochs, BETAS, device, config.init, resize_table)
     per_step = config.accumulate
     batches = data.Batches(videos, config.batch // per_step, training.steps * per_step, training.first * per_step,
                            config.seed, *rank_and_world())
@@ -272,13 +273,14 @@ def main():
     config = parse(Config, sys.argv[1:], __doc__, PRESETS)
     processes.launch(config.gpus)
     device = processes.pick_device(config.device)
+    processes.pick_precision(config.precision, device)  # refused before anything is made
     store, tokenizer_path, monitor_folder = prepare(config, device)
-    share, videos = rank_and_world()[1] * config.accumulate, len(data.hold_out(len(store), config.held_out)[0])
-    if config.batch > videos >= share:
-        wanted, config.batch = config.batch, videos // share * share
+    parts, videos = rank_and_world()[1] * config.accumulate, len(data.hold_out(len(store), config.held_out)[0])
+    if config.batch > videos >= parts:
+        wanted, config.batch = config.batch, videos // parts * parts
         say(f"--batch {wanted} is more than the {videos} videos: using {config.batch}")
-    if config.batch % share or config.batch > videos:
-        raise UserError(f"--batch {config.batch}: it must be a multiple of {share} (processes x micro-batches) "
+    if config.batch % parts or config.batch > videos:
+        raise UserError(f"--batch {config.batch}: it must be a multiple of {parts} (processes x micro-batches) "
                         f"and at most the {videos} videos")
     seed_all(config.seed)
     shape = config.transformer(store.header["vocab_size"], store.height, store.width)

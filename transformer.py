@@ -144,7 +144,7 @@ class VideoTransformer(nn.Module):
         self.config = config
         self.embedding = nn.Embedding(config.vocab_size + SPECIAL, config.dim)
         self.cls = nn.Parameter(torch.empty(config.dim))
-        self.cls_position = nn.Parameter(torch.zeros(config.dim))
+        self.cls_position = nn.Parameter(torch.empty(config.dim))
         self.time = nn.Parameter(torch.empty(config.frames, config.dim))
         self.row = nn.Parameter(torch.empty(config.height, config.dim))
         self.column = nn.Parameter(torch.empty(config.width, config.dim))
@@ -155,9 +155,8 @@ class VideoTransformer(nn.Module):
     def reset_parameters(self):
         """Weights N(0, 0.02), biases 0; the three position tables together as wide as one N(0, 0.02)."""
         self.apply(init_weights)
-        nn.init.normal_(self.cls, std=0.02)
-        for table in (self.time, self.row, self.column):
-            nn.init.normal_(table, std=0.02 / math.sqrt(3))
+        for table, summed in ((self.cls, 1), (self.cls_position, 1), (self.time, 3), (self.row, 3), (self.column, 3)):
+            nn.init.normal_(table, std=0.02 / math.sqrt(summed))
         if self.config.pre_norm:
             for layer in self.layers:
                 residuals = len(self.layers) * (len(layer.blocks) + 1)

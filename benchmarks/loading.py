@@ -19,17 +19,21 @@ from torch.utils.data import DataLoader
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-import data  # noqa: E402
-import vqvae  # noqa: E402
+import data
+import vqvae
+from plumbing.cli import progress
+from plumbing.decoding import VideoError, decode_all, read_views
+from plumbing.store import StoreWriter
+from plumbing.tokenizing import frames_at_once, tokenize
 
 
 def make_store(path, videos, frames=12):
     """A store of 16 x 16 tokens a frame; the tokens are one block, written for every video."""
-    writer = data.StoreWriter(path, {"tokenizer": "-", "fingerprint": "-", "vocab_size": 8192, "fps": 2.0, "size": 128,
-                                     "height": 16, "width": 16, "views": [[128, "center", False]], "root": "/",
-                                     "classes": None})
+    writer = StoreWriter(path, {"tokenizer": "-", "fingerprint": "-", "arithmetic": "float32", "vocab_size": 8192,
+                                "fps": 2.0, "size": 128, "height": 16, "width": 16, "views": [[128, "center", False]],
+                                "root": "/", "classes": None})
     tokens = np.random.default_rng(0).integers(8192, size=(1, frames, 16, 16))
-    for i in data.progress(range(videos), "writing", unit=" videos"):
+    for i in progress(range(videos), "writing", unit=" videos"):
         writer.add(i, f"{i % 1000:03d}/{i:011d}.mp4", tokens, {})
     writer.close()
     start = time.perf_counter()
@@ -44,7 +48,7 @@ def measure_store(path, count=20000, batch=64):
     store.name(len(store) - 1)
     opened = time.perf_counter() - start
     memory = int(re.search(r"VmRSS:\s*(\d+)", Path("/proc/self/status").read_text())[1]) / 1024
-    batches = data.Batches(len(store), batch, count // batch)
+    batches = data.Batches(np.arange(len(store)), batch, count // batch)
     next(iter(batches))  # the first order of an epoch
     loader = DataLoader(data.ClipPairs(store, 5), batch_sampler=batches)
     start = time.perf_counter()
@@ -54,22 +58,22 @@ def measure_store(path, count=20000, batch=64):
 
 
 def measure_tokenizing(folder, tokenizer_path, size, fps, repeat):
-    """Decoding alone, encoding alone, and both overlapped by vqvae.tokenize, on the same files."""
+    """Decoding alone, encoding alone, and both overlapped by tokenizing.tokenize, on the same files."""
     videos = [path for path, _ in data.list_videos("folder", folder, "")] * repeat
-    tokenizer, views = vqvae.load_tokenizer(tokenizer_path), vqvae.views_for("pretrain", size)
+    tokenizer, views = vqvae.load_tokenizer(tokenizer_path), data.views_for("pretrain", size)
 
     def read(path):
-        return data.read_views(path, fps, size, views)
+        return read_views(path, fps, size, views)
 
     seconds, frames = {}, []
     start = time.perf_counter()
-    for _, result in data.decode_all(videos, read, os.cpu_count()):
-        if not isinstance(result, data.VideoError):
+    for _, result in decode_all(videos, read, os.cpu_count()):
+        if not isinstance(result, VideoError):
             frames.append(result[0])
     seconds["decoding"] = time.perf_counter() - start
     frames = torch.from_numpy(np.concatenate(frames))
     start = time.perf_counter()
-    for part in frames.split(256):
+    for part in frames.split(frames_at_once(256, size)):
         tokenizer.encode(part)
     seconds["encoding"] = time.perf_counter() - start
     with tempfile.TemporaryDirectory() as out:
@@ -79,7 +83,7 @@ def measure_tokenizing(folder, tokenizer_path, size, fps, repeat):
             links[-1].parent.mkdir(exist_ok=True)
             links[-1].symlink_to(Path(path).resolve())
         start = time.perf_counter()
-        vqvae.tokenize(tokenizer, [(str(p), {}) for p in links], out, Path(out) / "store", fps, size, views, "-")
+        tokenize(tokenizer, [(str(p), {}) for p in links], out, Path(out) / "store", fps, size, views, "-")
         seconds["both"] = time.perf_counter() - start
     slower = max(seconds["decoding"], seconds["encoding"])
     print(f"{len(videos)} files, {len(frames)} frames of {size} pixels: " +
@@ -94,12 +98,12 @@ def main():
     store.add_argument("--videos", type=int, default=1_240_000)
     measure = commands.add_parser("measure")
     measure.add_argument("--store", required=True)
-    tokenize = commands.add_parser("tokenize")
-    tokenize.add_argument("--videos", required=True)
-    tokenize.add_argument("--tokenizer", required=True)
-    tokenize.add_argument("--frame-size", type=int, default=128)
-    tokenize.add_argument("--fps", type=float, default=2.0)
-    tokenize.add_argument("--repeat", type=int, default=4, help="how many times each file is read")
+    tokens = commands.add_parser("tokenize")
+    tokens.add_argument("--videos", required=True)
+    tokens.add_argument("--tokenizer", required=True)
+    tokens.add_argument("--frame-size", type=int, default=128)
+    tokens.add_argument("--fps", type=float, default=2.0)
+    tokens.add_argument("--repeat", type=int, default=4, help="how many times each file is read")
     args = parser.parse_args()
     if args.command == "store":
         with tempfile.TemporaryDirectory() as folder:

@@ -12,7 +12,7 @@ Models: "plain" is per-sequence attention, logits everywhere, float32, nothing f
 "- idea" is ours with one idea taken back: token logits only where masked (logits), one query, key and value of CLS for
 all sequences of a block (CLS once), GELU computed again in the backward pass (GELU), dropout of 16 random bits a number
 on CPUs (dropout), fused AdamW (AdamW), GLIBC_TUNABLES as in the README (malloc), the attention kernel of the device
-(kernel: the other one instead).
+(kernel: the other one instead). On GPUs "fp32" multiplies in full float32, "tf32" on their tensor cores.
 
 A row: videos/s and ms a step (the median step), peak memory (of the GPU, or of the whole process), and model FLOP
 utilisation: the FLOP that `flop` counts, per second, over those of a large matrix product in the same process.
@@ -33,18 +33,17 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 from torch.nn.parallel import DistributedDataParallel
-from torch.utils.data import DataLoader
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-import dalle  # noqa: E402
-import data  # noqa: E402
-import loading  # noqa: E402
-import masking  # noqa: E402
-import pretrain  # noqa: E402
-import training  # noqa: E402
-import transformer  # noqa: E402
-import vqvae  # noqa: E402
+import loading
+
+import dalle
+import masking
+import pretrain
+import transformer
+import vqvae
+from plumbing import cli, kernels, processes, runs
 
 # ---------------------------------------------------------------- what a step computes
 
@@ -74,65 +73,51 @@ def flop(config, masked):
 class PlainBlock(transformer.AttentionBlock):
     """The same block as the equations state it: every sequence is laid out with CLS in front, then projected."""
 
-    def forward(self, x, pad, shape):
-        y = self.norm(x) if self.pre_norm else x
-        dim, parts = y.shape[-1], []
-        cls, tokens = y[:, :1], y[:, 1:].unflatten(1, shape)  # (B, 1, d), (B, T, H, W, d)
-        weights = self.qkv.weight.chunk(len(self.patterns)), self.qkv.bias.chunk(len(self.patterns))
-        for pattern, weight, bias in zip(self.patterns, *weights):
-            axes = [1 + "THW".index(axis) for axis in pattern.split("x")]
-            order = [0] + [axis for axis in (1, 2, 3) if axis not in axes] + axes
-            grid = tokens.permute(*order, 4)
-            length = math.prod(shape[axis - 1] for axis in axes)
-            sequences = grid.reshape(-1, length, dim)  # (B*S, L, d)
-            repeated = cls.repeat_interleave(len(sequences) // len(y), dim=0)  # (B*S, 1, d)
-            sequences = torch.cat([repeated, sequences], dim=1)  # (B*S, 1 + L, d)
-            q, k, v = (F.linear(sequences, w, b).unflatten(-1, (self.heads, -1)).transpose(1, 2)
-                       for w, b in zip(weight.chunk(3), bias.chunk(3)))  # (B*S, heads, 1 + L, a) each
-            p = (q @ k.transpose(-1, -2) / math.sqrt(q.shape[-1])).softmax(dim=-1)
-            p = transformer.dropout(p, self.dropout, self.training)
-            out = (p @ v).transpose(1, 2).flatten(2)  # (B*S, 1 + L, A/P)
-            first = out[:, 0].unflatten(0, (len(y), -1)).mean(dim=1, keepdim=True)  # (B, 1, A/P)
-            back = [order.index(axis) for axis in range(4)]
-            rest = out[:, 1:].reshape(*grid.shape[:4], -1).permute(*back, 4)  # (B, T, H, W, A/P)
-            parts.append(torch.cat([first, rest.flatten(1, 3)], dim=1))
-        x = x + transformer.dropout(self.out(torch.cat(parts, dim=-1)), self.dropout, self.training)
-        return x if self.pre_norm else self.norm(x)
+    def attend_all(self, x, pad, shape):
+        cls, tokens = x[:, :1], x[:, 1:].unflatten(1, shape)  # (B, 1, d), (B, T, H, W, d)
+        weights, biases = (p.chunk(len(self.patterns)) for p in (self.qkv.weight, self.qkv.bias))
+        parts = [self.attend_plainly(cls, tokens, *part) for part in zip(self.patterns, weights, biases)]
+        return torch.cat(parts, dim=-1)  # (B, N, A)
 
-
-class PlainLayer(transformer.Layer):
-    def forward(self, x, pad, shape):
-        for block in self.blocks:
-            x = block(x, pad, shape)
-        y = self.contract(F.gelu(self.expand(self.norm(x) if self.pre_norm else x)))
-        x = x + transformer.dropout(y, self.dropout, self.training)
-        return x if self.pre_norm else self.norm(x)
+    def attend_plainly(self, cls, tokens, pattern, weight, bias):
+        sequences = transformer.to_sequences(tokens, pattern)  # (B, S, L, d)
+        together = sequences.shape[1:-2]
+        sequences = sequences.flatten(0, -3)  # (B*S, L, d)
+        repeated = cls.repeat_interleave(math.prod(together), dim=0)  # (B*S, 1, d)
+        sequences = torch.cat([repeated, sequences], dim=1)  # (B*S, 1 + L, d)
+        q, k, v = (F.linear(sequences, *part).unflatten(-1, (self.heads, -1)).transpose(1, 2)
+                   for part in zip(weight.chunk(3), bias.chunk(3)))  # (B*S, heads, 1 + L, a) each
+        p = (q @ k.transpose(-1, -2) / math.sqrt(q.shape[-1])).softmax(dim=-1)
+        out = kernels.dropout(p, self.dropout, self.training) @ v
+        out = out.transpose(1, 2).flatten(2).unflatten(0, (len(cls), *together))  # (B, S, 1 + L, A/P)
+        first = out[..., 0, :].reshape(len(cls), -1, out.shape[-1]).mean(dim=1, keepdim=True)  # (B, 1, A/P)
+        rest = transformer.from_sequences(out[..., 1:, :], pattern, tokens.shape[1:4])  # (B, T, H, W, A/P)
+        return torch.cat([first, rest.flatten(1, 3)], dim=1)
 
 
 class PlainVimpac(pretrain.Vimpac):
-    """Logits of all tokens, then those of the masked ones."""
+    """Logits of all tokens, then those of the hidden ones."""
 
-    def forward(self, tokens, mask, padded=None):
-        cls, features = self.backbone(tokens, padded)
-        return self.token_head(features, self.backbone.embedding.weight)[mask], self.projection_head(cls)
+    def forward(self, inputs, hidden, padded=None):
+        cls, features = self.backbone(inputs, padded)
+        logits = self.token_head(features, self.backbone.embedding.weight).flatten(0, 3)
+        return logits[hidden], self.projection_head(cls)
 
 
 def change(model, idea):
     """Takes one idea of this project back, or adds torch.compile. The weights stay; without "CLS once" no clip may hold
     PAD tokens."""
-    layers = model.backbone.layers
     if idea == "logits":
         model.__class__ = PlainVimpac
     elif idea == "CLS once":
-        for block in (block for layer in layers for block in layer.blocks):
+        for block in (block for layer in model.backbone.layers for block in layer.blocks):
             block.__class__ = PlainBlock
     elif idea == "GELU":
-        for layer in layers:
-            layer.__class__ = PlainLayer
+        transformer.gelu_linear = lambda hidden, linear: linear(F.gelu(hidden))
     elif idea == "dropout":
-        transformer.dropout = F.dropout
+        transformer.dropout = kernels.dropout = F.dropout
     elif idea == "kernel":
-        transformer.FUSED = ("cpu",) if next(model.parameters()).device.type == "cpu" else ()
+        kernels.FUSED = ("cpu",) if next(model.parameters()).device.type == "cpu" else ()
     elif idea == "compile":
         model.backbone.compile_layers()
 
@@ -169,38 +154,36 @@ def peak_memory(device):
 
 def measure(row, steps):
     """One row: random clips, the whole step of pretrain.py (masks, both losses, backward, clipping, AdamW) -> dict."""
-    device = training.pick_device(row["device"])
-    precision = training.pick_precision(row["precision"], device)
+    device = processes.pick_device(row["device"])
+    precision = processes.pick_precision(row["precision"], device)
     frames, size = (int(n) for n in row["clip"].split("x"))
-    config = pretrain.Config(**{**pretrain.PRESETS[row["preset"]], "layout": row["layout"], "frames": frames})
+    config = pretrain.Config(**{**pretrain.PRESETS[row["preset"]], "layout": row["layout"], "frames": frames,
+                                "lr": 1e-4, "warmup": 0.0})
     shape = config.transformer(row["vocab_size"], size // 8, size // 8)
-    rank, world = training.rank_and_world()
-    training.seed_all(0)
+    processes.seed_all(0)
     model = pretrain.Vimpac(shape, config.projection_hidden, config.projection_layers).to(device)
     for idea in row["changes"]:
         change(model, idea)
-    optimizer = training.make_optimizer(model, 1e-4, config.weight_decay, (0.9, 0.98))
+    optimizer = runs.Optimizer(model, config, 10**9, (0.9, 0.98), precision)  # so many steps: the rate stays as it is
     if "AdamW" in row["changes"]:
-        optimizer = torch.optim.AdamW(optimizer.param_groups)  # not fused
+        optimizer.adamw = torch.optim.AdamW([{**group, "fused": None} for group in optimizer.adamw.param_groups])
+    world = processes.rank_and_world()[1]
     wrapped = DistributedDataParallel(model) if world > 1 else model
-    scaler = torch.amp.GradScaler(device.type, enabled=precision == torch.float16)
-    blocks = masking.blocks_for(shape.frames, shape.height, shape.width)
     clips = torch.randint(shape.vocab_size, (row["videos"] // world, 2, frames, size // 8, size // 8))
     seconds, mask_losses = [], []
     for step in range(steps + 2):  # the first two warm up
-        training.seed_all(0, step, rank)
         wait(device)
         start = time.perf_counter()
-        measures = pretrain.update(wrapped, config, [clips], shape.vocab_size, blocks, optimizer, scaler, precision,
-                                   step)
+        measures, _ = pretrain.update(wrapped, config, [clips], shape.vocab_size, optimizer, precision, step)
         wait(device)
         seconds.append(time.perf_counter() - start)
-        mask_losses.append(measures[0].item())
+        mask_losses.append(measures["mask_loss"].item())
     memory = peak_memory(device)  # before the matrix product, which takes some as well
     del model, wrapped, optimizer
     second = statistics.median(seconds[2:])
     grid = shape.frames, shape.height, shape.width
-    needed = 2 * row["videos"] / world * flop(shape, masking.expected_ratio(*grid, blocks) * math.prod(grid))
+    masked = masking.expected_ratio(*grid, masking.blocks_for(*grid, config.mask_ratio)) * math.prod(grid)
+    needed = 2 * row["videos"] / world * flop(shape, masked)
     rate = matrix_rate(device, precision)
     return {**row, "ms": 1000 * second, "videos_per_second": row["videos"] / second, "peak_gb": memory,
             "mfu": needed / second / rate, "step_tflop": needed / 1e12, "matrix_tflops": rate / 1e12,
@@ -239,7 +222,7 @@ def dalle_encoder():
 @torch.no_grad()
 def measure_tokenizer(name, device, size, seconds=10):
     """Frames/s that a tokenizer encodes."""
-    device = training.pick_device(device)
+    device = processes.pick_device(device)
     tokenizer = (dalle_encoder() if name == "DALL-E" else vqvae.VQVAE(1024)).to(device).eval()
     frames = torch.randint(256, (256 if device.type == "cuda" else 8, size, size, 3), dtype=torch.uint8)
     tokenizer.encode(frames)
@@ -266,7 +249,7 @@ def in_own_process(job, gpus=1, malloc=True):
     """
     start = [sys.executable] + (["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(gpus)]
                                 if gpus > 1 else [])
-    done = subprocess.run([*start, __file__, "--job", json.dumps(job)], capture_output=True, text=True,
+    done = subprocess.run([*start, __file__, "--job", json.dumps(job)], check=False, capture_output=True, text=True,
                           env={**(MALLOC if malloc else {}), **os.environ})
     if done.returncode:
         lines = [line for line in done.stderr.splitlines() if "Error" in line] or done.stderr.splitlines()[-1:]
@@ -279,7 +262,7 @@ HEAD = ("model       preset  layout   clip    precision  videos   ms/step  video
 
 
 def line(results, plain=None):
-    """A line of the table: the medians of a row's results. plain: the plain version's on the same work, round by round."""
+    """A line of the table: the medians of a row's results. plain: the plain version's on the same work, as many."""
     row = results[0]
     start = (f"{row['model']:10s}  {row['preset']:6s}  {row['layout']:7s}  {row['clip']:6s}  {row['precision']:9s}  "
              f"{row['videos']:6d}")
@@ -303,7 +286,8 @@ def main():
     parser.add_argument("--videos", nargs="+", type=int, default=[4], help="videos a step, for all presets or for each")
     parser.add_argument("--clips", nargs="+", default=["5x128"], help="clip sizes, T x S such as 5x128 10x256")
     parser.add_argument("--layouts", nargs="+", default=["T,H|W"])
-    parser.add_argument("--precisions", nargs="+", default=["fp32", "bf16"], choices=["fp32", "bf16", "fp16"])
+    parser.add_argument("--precisions", nargs="+", default=["fp32", "bf16"],
+                        choices=["fp32", "tf32", "bf16", "fp16"])
     parser.add_argument("--device", default="auto", choices=["auto", "cuda", "cpu"])
     parser.add_argument("--gpus", type=int, default=1, help="processes that share each step")
     parser.add_argument("--steps", type=int, default=5, help="steps of which the median counts")
@@ -317,13 +301,15 @@ def main():
     if args.job:
         name, values = json.loads(args.job)
         result = {"row": measure, "loader": measure_loader, "tokenizer": measure_tokenizer}[name](*values)
-        if training.rank_and_world()[0] == 0:
+        if processes.rank_and_world()[0] == 0:
             print(json.dumps(result))
         return
     if len(args.videos) not in (1, len(args.presets)):
         parser.error(f"--videos: one number, or one for each of the {len(args.presets)} presets")
 
-    device, rows = training.pick_device(args.device), []
+    device, rows = processes.pick_device(args.device), []
+    for precision in args.precisions:
+        processes.pick_precision(precision, device)  # refused here rather than in every row
     print(f"{torch.cuda.get_device_name() if device.type == 'cuda' else f'CPU, {torch.get_num_threads()} threads'}, "
           f"torch {torch.__version__}\n\n{HEAD}")
     kinds = [("plain", PLAIN, "fp32")] * args.reference
@@ -336,7 +322,7 @@ def main():
                   "precision": precision, "videos": count, "vocab_size": 8192, "device": device.type}
                  for model, changes, precision in kinds]
         rounds = [[row | in_own_process(["row", [row, args.steps]], args.gpus, "malloc" not in row["changes"])
-                   for row in group] for _ in data.progress(range(args.rounds), "measuring", args.rounds, " rounds")]
+                   for row in group] for _ in cli.progress(range(args.rounds), "measuring", args.rounds, " rounds")]
         plain = [results[0] for results in rounds] if args.reference else None
         for results in zip(*rounds):  # of one row
             print(line(results, plain), flush=True)
@@ -348,11 +334,12 @@ def main():
                  for name in ("DALL-E", "VQ-VAE")]
         for name, unit, job in jobs:
             rows.append(in_own_process(job))
-            print(f"{name}: {rows[-1].get(unit, rows[-1].get('error'))} {unit.replace('_per_second', '/s')}", flush=True)
+            found = rows[-1].get(unit, rows[-1].get("error"))
+            print(f"{name}: {found} {unit.replace('_per_second', '/s')}", flush=True)
     print()
     for row in rows:
         print(json.dumps(row))
 
 
 if __name__ == "__main__":
-    main()
+    cli.run(main)

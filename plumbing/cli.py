@@ -32,7 +32,7 @@ def check_ranges(config):
     """Raises UserError, naming the flag, for a field that is out of its range."""
     for f in fields(config):
         value, least, multiple = getattr(config, f.name), f.metadata["least"], f.metadata["multiple"]
-        if least is not None and value < least:
+        if None not in (least, value) and value < least:
             raise UserError(f"{flag(f)} must be at least {least}, not {value}")
         if multiple is not None and (value < multiple or value % multiple):
             raise UserError(f"{flag(f)} must be a multiple of {multiple}, not {value}")

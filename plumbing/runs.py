@@ -23,7 +23,7 @@ class RunSettings:
     warmup: float = option(0.1, "share of the steps in which the learning rate rises")
     dropout: float = option(0.1, "dropout everywhere in the transformer")
     clip: float = option(1.0, "largest gradient norm")
-    seed: int = option(0, "random seed")
+    seed: int = option(0, "random seed", least=0)
     gpus: int = option(1, "GPUs of this machine, a process each", least=1)
     device: str = option("auto", "device of each process", choices=["auto", "cuda", "mps", "cpu"])
     precision: str = option("auto", "number format of the matrix products",
@@ -44,10 +44,9 @@ def learning_rate(step, steps, peak, warmup):
 
 
 def decay_groups(model, weight_decay):
-    """The parameters in two groups: biases and LayerNorm / BatchNorm weights are not decayed, embeddings and position
-    tables are."""
-    norms = (nn.LayerNorm, nn.BatchNorm1d)
-    kept = {id(p) for m in model.modules() if isinstance(m, norms) for p in m.parameters()}
+    """The parameters in two groups: biases and LayerNorm weights are not decayed; embeddings, position tables and, as
+    released, the weights of batch norms are."""
+    kept = {id(p) for m in model.modules() if isinstance(m, nn.LayerNorm) for p in m.parameters()}
     kept |= {id(p) for name, p in model.named_parameters() if name.endswith("bias")}
     return [{"params": [p for p in model.parameters() if id(p) not in kept], "weight_decay": weight_decay},
             {"params": [p for p in model.parameters() if id(p) in kept], "weight_decay": 0.0}]

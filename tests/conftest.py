@@ -4,8 +4,11 @@ import io
 import os
 import subprocess
 import sys
+from concurrent.futures import ProcessPoolExecutor
+from datetime import timedelta
 from pathlib import Path
 from types import SimpleNamespace
+from unittest import mock
 
 import imageio.v2 as imageio
 import numpy as np
@@ -17,9 +20,10 @@ sys.path[:0] = [str(ROOT), str(ROOT / "benchmarks")]
 torch.set_num_threads(1)  # tiny tensors: several threads only wait for each other
 os.environ["OMP_NUM_THREADS"] = "1"  # likewise in the scripts that tests start
 
-import data  # noqa: E402
-import toy  # noqa: E402
-from plumbing import cli  # noqa: E402
+import data
+import toy
+from plumbing import cli, runs
+from plumbing.store import StoreWriter
 
 TINY = dict(layers=1, dim=16, heads=2, head_dim=8, mlp_dim=32, projection_hidden=16, batch=4, log_every=2, save_every=3,
             knn_every=3, knn=3, device="cpu")
@@ -31,8 +35,8 @@ def flags(settings):
 
 def run(place, *argv, script="pretrain.py", under=()):
     """A script in a process of its own, in a folder. under: what stands between the interpreter and the script."""
-    return subprocess.run([sys.executable, *under, str(ROOT / script), *map(str, argv)], cwd=place, capture_output=True,
-                          text=True)
+    return subprocess.run([sys.executable, *under, str(ROOT / script), *map(str, argv)], cwd=place, check=False,
+                          capture_output=True, text=True)
 
 
 def call(module, *argv, place="."):
@@ -49,12 +53,47 @@ def call(module, *argv, place="."):
     return SimpleNamespace(returncode=code, stdout=stdout.getvalue(), stderr=stderr.getvalue())
 
 
+@contextlib.contextmanager
+def recorded_gradients():
+    """-> a list that fills with the gradients of each step of a run, {parameter: tensor}, before they are clipped."""
+    found = []
+
+    class Recording(runs.Optimizer):
+        def step(self, step):
+            found.append({name: p.grad.clone() for name, p in self.model.named_parameters() if p.grad is not None})
+            return super().step(step)
+    with mock.patch.object(runs, "Optimizer", Recording):
+        yield found
+
+
+def assert_same_gradients(one, two):
+    """Of every step and parameter, but for the rounding of float32: 1e-4 of the tensor's largest, or 1e-5 of the
+    largest of all where a gradient is 0 but for rounding, such as that of a bias before a batch norm."""
+    assert len(one) == len(two) > 0
+    for a, b in zip(one, two):
+        assert a.keys() == b.keys()
+        least = 0.1 * max(gradient.abs().max().item() for gradient in a.values())
+        for name in a:
+            assert torch.allclose(a[name], b[name], rtol=0, atol=1e-4 * max(least, a[name].abs().max().item())), name
+
+
+def interrupted(step):
+    """A context in which a run is interrupted in this step."""
+    rate = runs.learning_rate
+
+    def interrupt(now, *rest):
+        if now == step:
+            raise KeyboardInterrupt
+        return rate(now, *rest)
+    return mock.patch.object(runs, "learning_rate", interrupt)
+
+
 def write_store(path, videos, **header):
     """A token store. videos: [(tokens (views, F, H, W), {label set: class})]; video i is called i.mp4."""
     header = dict(tokenizer="t", fingerprint="f", arithmetic="float32", vocab_size=16, fps=8, size=16,
                   height=videos[0][0].shape[2], width=videos[0][0].shape[3], views=[[16, "center", False]], root="/",
                   classes=None) | header
-    writer = data.StoreWriter(path, header)
+    writer = StoreWriter(path, header)
     for number, (tokens, labels) in enumerate(videos):
         writer.add(number, f"{number}.mp4", tokens, labels)
     writer.close()
@@ -81,6 +120,29 @@ def write_video():
                 writer.append_data(frame)
         return path
     return write
+
+
+@pytest.fixture(scope="session")
+def in_two_processes(tmp_path_factory):
+    """-> a function that calls (function, arguments) in two processes of a group: what each returned."""
+    meeting = tmp_path_factory.mktemp("group") / "meeting"
+    pools = [ProcessPoolExecutor(1, torch.multiprocessing.get_context("spawn"), join_group, (meeting, rank))
+             for rank in (0, 1)]
+    yield lambda *job: [torch.load(io.BytesIO(done.result()), weights_only=False)
+                        for done in [pool.submit(saved, *job) for pool in pools]]
+    for pool in pools:
+        pool.shutdown()
+
+
+def join_group(meeting, rank):
+    torch.distributed.init_process_group("gloo", init_method=f"file://{meeting}", rank=rank, world_size=2,
+                                         timeout=timedelta(minutes=2))
+
+
+def saved(function, *args):
+    file = io.BytesIO()
+    torch.save(function(*args), file)
+    return file.getvalue()
 
 
 @pytest.fixture(scope="session")

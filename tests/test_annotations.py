@@ -4,11 +4,11 @@ from dataclasses import asdict
 
 import pytest
 import torch
+from conftest import TINY, call, flags
 
 import finetune
 import pretrain
 import vqvae
-from conftest import TINY, call, flags
 from plumbing.annotations import list_videos
 from plumbing.cli import UserError, parse
 from plumbing.runs import save_checkpoint

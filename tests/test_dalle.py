@@ -1,29 +1,37 @@
-"""The DALL-E tokenizer: files of its format, written here; and the PyPI package DALL-E where it is installed."""
-import io
+"""The DALL-E tokenizer: files of its format, written here by the PyPI package DALL-E where it is installed."""
 import pickle
-import zipfile
 
 import numpy as np
 import pytest
 import torch
 
+import data
 import vqvae
 from dalle import DalleVAE
+from plumbing.cli import UserError
+from plumbing.store import TokenStore
+from plumbing.tokenizing import tokenize
 
 
-@pytest.fixture(params=["old", "zip"])
-def released(request, tmp_path):
-    """encoder.pkl and decoder.pkl written by the real package, small, in torch.save's two formats."""
+def build():
+    """A small encoder and decoder of the real package."""
     encoder_module = pytest.importorskip("dall_e.encoder", reason="pip install --no-deps DALL-E attrs")
     decoder_module = pytest.importorskip("dall_e.decoder")
     torch.manual_seed(0)
-    encoder = encoder_module.Encoder(n_hid=16, vocab_size=64)
-    decoder = decoder_module.Decoder(n_init=8, n_hid=16, vocab_size=64)
-    for name, module in (("encoder", encoder), ("decoder", decoder)):
+    modules = encoder_module.Encoder(n_hid=16, vocab_size=64), decoder_module.Decoder(n_init=8, n_hid=16, vocab_size=64)
+    for module in modules:
         with torch.no_grad():  # the package starts biases at 0 and weights small: give every tensor weight
             for p in module.parameters():
                 p.add_(0.05 * torch.randn_like(p))
-        torch.save(module, tmp_path / f"{name}.pkl", _use_new_zipfile_serialization=request.param == "zip")
+    return modules
+
+
+@pytest.fixture
+def released(tmp_path):
+    """encoder.pkl and decoder.pkl as they were released, in torch.save's old format -> their folder, the modules."""
+    encoder, decoder = build()
+    torch.save(encoder, tmp_path / "encoder.pkl", _use_new_zipfile_serialization=False)
+    torch.save(decoder, tmp_path / "decoder.pkl", _use_new_zipfile_serialization=False)
     return tmp_path, encoder, decoder
 
 
@@ -54,26 +62,46 @@ def test_load_tokenizer_takes_the_released_file(released):
     frames = torch.randint(256, (1, 16, 16, 3), dtype=torch.uint8)
     assert tokenizer.decode(tokenizer.encode(frames)).shape == (1, 16, 16, 3)
     (folder / "decoder.pkl").unlink()
-    with pytest.raises(ValueError, match="decoder.pkl"):
+    with pytest.raises(UserError, match="decoder.pkl"):
         vqvae.load_tokenizer(folder / "encoder.pkl").decode(torch.zeros(1, 2, 2, dtype=torch.long))
+
+
+def test_a_gpu_s_tokens_are_not_mixed_with_a_cpu_s(released, write_video, monkeypatch):
+    folder, _, _ = released
+    vae = DalleVAE.from_pickles(folder / "encoder.pkl")
+    write_video(folder / "v.mp4", [50] * 4)
+    how = ([(str(folder / "v.mp4"), {})], folder, folder / "s", 8, 32, data.views_for("pretrain", 32), "encoder.pkl")
+    tokenize(vae, *how)
+    assert TokenStore(folder / "s").header["arithmetic"] == "float32"
+    monkeypatch.setattr(DalleVAE, "device", property(lambda self: torch.device("cuda")))
+    assert vae.arithmetic == "float16"
+    with pytest.raises(UserError, match="arithmetic 'float32', not 'float16'"):
+        tokenize(vae, *how)
 
 
 def test_a_file_that_names_another_function_is_refused_and_runs_nothing(released, tmp_path):
     folder, _, _ = released
     content = (folder / "encoder.pkl").read_bytes()
-    names = b"cdall_e.utils\nConv2d\n"
-    if content[:2] == b"PK":
-        changed = io.BytesIO()
-        with zipfile.ZipFile(folder / "encoder.pkl") as old, zipfile.ZipFile(changed, "w") as new:
-            for name in old.namelist():
-                new.writestr(name, old.read(name).replace(names, b"cos\nsystem\n"))
-        changed = changed.getvalue()
-    else:
-        changed = content.replace(names, b"cos\nsystem\n")
+    changed = content.replace(b"cdall_e.utils\nConv2d\n", b"cos\nsystem\n")
     assert changed != content
     (tmp_path / "bad.pkl").write_bytes(changed)
-    with pytest.raises(ValueError, match="os.system"):
+    with pytest.raises(UserError, match="os.system"):
         DalleVAE.from_pickles(tmp_path / "bad.pkl")
+
+
+def test_files_of_torch_save_s_zip_format_are_refused(tmp_path):
+    torch.save(build()[0], tmp_path / "encoder.pkl")
+    with pytest.raises(UserError, match="encoder.pkl: .*old format"):
+        vqvae.load_tokenizer(tmp_path / "encoder.pkl")
+
+
+def test_a_download_cut_short_is_refused(released):
+    folder, _, _ = released
+    content = (folder / "encoder.pkl").read_bytes()
+    for length in (0, 1000, len(content) // 2, len(content) - 4, len(content) - 1):
+        (folder / "encoder.pkl").write_bytes(content[:length])
+        with pytest.raises(UserError, match="encoder.pkl: no module"):
+            vqvae.load_tokenizer(folder / "encoder.pkl")
 
 
 class Call:
@@ -88,13 +116,14 @@ def test_nothing_that_a_file_says_is_run(tmp_path):
     mark = tmp_path / "ran"
     for content in (pickle.dumps(Call(exec, f"open({str(mark)!r}, 'w')")), b"", b"not a pickle", b"PK\3\4broken"):
         (tmp_path / "bad.pkl").write_bytes(content)
-        with pytest.raises(ValueError, match="bad.pkl"):
+        with pytest.raises(UserError, match="bad.pkl"):
             DalleVAE.from_pickles(tmp_path / "bad.pkl")
-    torch.save({"call": Call(exec, f"open({str(mark)!r}, 'w')")}, tmp_path / "bad.pkl")
-    with pytest.raises(ValueError, match="exec"):
+    torch.save({"call": Call(exec, f"open({str(mark)!r}, 'w')")}, tmp_path / "bad.pkl",
+               _use_new_zipfile_serialization=False)
+    with pytest.raises(UserError, match="exec"):
         DalleVAE.from_pickles(tmp_path / "bad.pkl")
-    torch.save(torch.zeros(3), tmp_path / "bad.pkl")
-    with pytest.raises(ValueError, match="bad.pkl"):
+    torch.save(torch.zeros(3), tmp_path / "bad.pkl", _use_new_zipfile_serialization=False)
+    with pytest.raises(UserError, match="bad.pkl: the file holds no module"):
         DalleVAE.from_pickles(tmp_path / "bad.pkl")
     assert not mark.exists()
 
@@ -102,5 +131,5 @@ def test_nothing_that_a_file_says_is_run(tmp_path):
 def test_a_decoder_in_the_encoder_s_place_is_refused(released):
     folder, _, _ = released
     frames = np.zeros((1, 16, 16, 3), np.uint8)
-    with pytest.raises(ValueError, match="decoder.pkl is not a DALL-E encoder"):
+    with pytest.raises(UserError, match="decoder.pkl is not a DALL-E encoder"):
         DalleVAE.from_pickles(folder / "decoder.pkl").encode(frames)

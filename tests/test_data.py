@@ -1,10 +1,10 @@
 """What is sampled from a video, and in which order."""
 import numpy as np
 import pytest
+from test_store import PAD, numbered, some_videos, write_store
 
 import data
 from plumbing.cli import UserError
-from test_store import PAD, numbered, some_videos, write_store
 
 
 def test_views_are_those_of_the_paper():
@@ -122,6 +122,7 @@ def test_few_labels_are_alike_many_where_the_classes_are_not():
 def test_batches_are_shared_by_processes_and_resumed():
     videos = np.arange(10, 30, 2)
     whole = list(data.Batches(videos, 4, steps=7, seed=3))
+    assert all(len(batch) == 4 for batch in whole)
     halves = [list(data.Batches(videos, 4, steps=7, seed=3, rank=rank, world=2)) for rank in (0, 1)]
     assert [sorted(a + b) for a, b in zip(*halves)] == [sorted(batch) for batch in whole]
     assert list(data.Batches(videos, 4, steps=7, first_step=5, seed=3)) == whole[5:]

@@ -1,13 +1,13 @@
 import os
 from types import SimpleNamespace
+from unittest import mock
 
 import numpy as np
 import pytest
 import torch
-import torch.distributed as dist
+from conftest import TINY, call, flags
 
 import pretrain
-from conftest import TINY, call, flags
 from plumbing import processes, runs
 from plumbing.cli import UserError
 
@@ -31,10 +31,9 @@ def make_norm(kind):
     return norm
 
 
-def two_of_everything(rank, place):
-    """What two processes do together; the test processes compare what rank 0 and 1 leave in files."""
-    dist.init_process_group("gloo", init_method=f"file://{place}/meet", rank=rank, world_size=2)
-    torch.set_num_threads(1)
+def two_of_everything(inputs, pull):
+    """What two processes do together."""
+    rank = processes.rank_and_world()[0]
     found = {"told": processes.rank_and_world(), "from all": processes.from_all(f"of {rank}"),
              "sum": processes.sum_over_all(torch.tensor([1.0, rank]))}
 
@@ -43,38 +42,29 @@ def two_of_everything(rank, place):
     ((1 + rank) * everyone[::2] * torch.tensor([1.0, 10.0])).sum().backward()
     found["gathered"], found["gradient"] = everyone.detach(), x.grad
 
-    inputs, pull = torch.load(f"{place}/inputs.pt")
     norm = make_norm(processes.BatchNorm)
     found["norm"] = *normalise(norm, inputs.chunk(2)[rank], pull.chunk(2)[rank]), norm.running_mean, norm.running_var
     norm.eval()
     found["alone"] = norm(inputs[:1]).detach() if rank == 0 else None  # no exchange: rank 1 does not call it
 
-    processes.say("once")
-    same = SimpleNamespace(out="runs/a", resume=False)
-    assert runs.start(same, None, None) == 0
-    before, runs.last_checkpoint = runs.last_checkpoint, lambda out, resume: f"{rank}"
-    runs.restore = lambda path, *rest: 3 * int(path)
-    try:
-        runs.start(same, None, SimpleNamespace(steps=9))
-    except UserError as error:
-        found["refused"] = str(error)
-    runs.last_checkpoint = before
+    settings = SimpleNamespace(out="runs/a", resume=False)
+    assert runs.start(settings, None, None) == 0
+    with mock.patch.multiple(runs, last_checkpoint=lambda out, resume: "last.pt", restore=lambda *_: 3 * rank), \
+            pytest.raises(UserError) as refused:
+        runs.start(settings, None, SimpleNamespace(steps=9))
+    found["refused"] = str(refused.value)
     found["restarted"] = [processes.restarted()]
-    os.environ["TORCHELASTIC_RESTART_COUNT"] = str(rank)  # one machine's process ended, the other's was called again
-    found["restarted"].append(processes.restarted())
-    torch.save(found, f"{place}/{rank}.pt")
-    dist.destroy_process_group()
+    with mock.patch.dict(os.environ, TORCHELASTIC_RESTART_COUNT=str(rank)):  # torchrun tells only one of them
+        found["restarted"].append(processes.restarted())
+    return found
 
 
 @pytest.fixture(scope="module")
-def two(tmp_path_factory):
+def two(in_two_processes):
     """-> inputs and pull of the batch norm, then what each of two processes found."""
-    place = tmp_path_factory.mktemp("two")
     torch.manual_seed(1)
-    inputs = torch.randn(2, 2 * BATCH[0], BATCH[1]) + 3
-    torch.save(tuple(inputs), place / "inputs.pt")
-    torch.multiprocessing.spawn(two_of_everything, (place,), nprocs=2)
-    return *inputs, *(torch.load(place / f"{rank}.pt") for rank in (0, 1))
+    inputs, pull = torch.randn(2, 2 * BATCH[0], BATCH[1]) + 3
+    return inputs, pull, *in_two_processes(two_of_everything, inputs, pull)
 
 
 def test_what_is_exchanged_is_the_same_everywhere(two):
@@ -142,8 +132,9 @@ def test_seeds_are_repeated_and_differ_by_every_number():
 def test_a_zero_at_the_end_gives_another_seed():
     """numpy's SeedSequence takes (1, 2) and (1, 2, 0) for the same: masks and dropout of rank 0 were."""
     assert processes.one_seed(1, 2) != processes.one_seed(1, 2, 0)
-    seeds = {processes.one_seed(seed, step, *rank) for seed in range(4) for step in range(50) for rank in ((), (0,), (1,))}
-    assert len(seeds) == 600
+    seeds = {processes.one_seed(seed, step, *rest) for seed in range(4) for step in range(50)
+             for rest in ((), (0,), (1,))}
+    assert len(seeds) == 4 * 50 * 3
 
 
 # ---------------------------------------------------------------- precision
@@ -175,10 +166,10 @@ def test_tf32_is_refused_on_a_cpu(workplace):
 
 def test_auto_is_a_format_that_the_hardware_multiplies(monkeypatch):
     for supported, expected in ((True, torch.bfloat16), (False, torch.float32)):
-        monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: supported)
+        monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", mock.Mock(return_value=supported))
         assert processes.pick_precision("auto", torch.device("cpu")) == expected
     for supported, expected in ((True, torch.bfloat16), (False, torch.float16)):
-        monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation: supported)
+        monkeypatch.setattr(torch.cuda, "is_bf16_supported", mock.Mock(return_value=supported))
         assert processes.pick_precision("auto", torch.device("cuda")) == expected
 
 

@@ -24,16 +24,47 @@ def test_the_world_is_real_files_with_lists(tmp_path):
     assert picture.shape[0] > 4 * 64 and picture.std() > 20
 
 
+def test_what_was_interrupted_is_made_again_and_what_is_whole_is_left(tmp_path):
+    root = toy.make(tmp_path / "toy", {"train": 2}, workers=1)
+    video = root / "videos/00000.mp4"
+    video.write_bytes(b"")
+    assert toy.make(root, {"train": 2}, workers=1) == root and video.read_bytes() == b""
+    (root / "toy.png").unlink()
+    toy.make(root, {"train": 2}, workers=1)
+    assert len(data.read_frames(video, toy.FPS, toy.SIZE)) == toy.FRAMES
+
+
+def ink(video):
+    """Where the shape is: bool, of a video (F, S, S, 3) or a frame (S, S, 3)."""
+    background = np.median(video, axis=(-3, -2), keepdims=True)
+    return np.abs(video.astype(int) - background).max(axis=-1) > 25
+
+
+def centre(shapes):
+    """The middle of bool (F, S, S) on the torus, in pixels -> (2, F): x and y, without jumps."""
+    wave = np.exp(2j * np.pi * np.arange(64) / 64)
+    return np.array([np.unwrap(np.angle((shapes.sum(axis) * wave).sum(-1))) * 64 / (2 * np.pi) for axis in (1, 2)])
+
+
+def tilt(shapes, centres):
+    """The angle of the longer axis of bool (F, S, S), by its second moments -> (F,), without jumps; and how much longer
+    it is, which a symmetric shape is not."""
+    place = np.arange(64)
+    dx, dy = ((place - c[:, None] + 32) % 64 - 32 for c in centres)  # (F, S) each
+    xx, yy = ((shapes * dx[:, None, :] ** 2).sum((1, 2)), (shapes * dy[:, :, None] ** 2).sum((1, 2)))
+    xy = (shapes * dx[:, None, :] * dy[:, :, None]).sum((1, 2))
+    return np.unwrap(np.arctan2(2 * xy, xx - yy)) / 2, np.hypot(2 * xy, xx - yy) / (xx + yy)
+
+
 def test_motions_do_what_their_name_says():
-    """Follows the shape's centre, size and angle through the first frames, from its pixels alone."""
+    """Follows the shape's centre, size and tilt through the frames, from its pixels alone."""
     seen = set()
-    for number in range(120):
+    for number in range(160):
         video, labels = toy.draw_video(number)
-        ink = (np.abs(video.astype(int) - np.median(video, axis=(1, 2), keepdims=True)).max(axis=-1) > 25)  # (F, S, S)
-        wave = np.exp(2j * np.pi * np.arange(64) / 64)
-        x, y = (np.unwrap(np.angle((ink.sum(axis) * wave).sum(-1))) * 64 / (2 * np.pi) for axis in (1, 2))
-        moved = np.array([x[8] - x[0], y[8] - y[0]])  # pixels in eight frames, on the torus
-        area = ink.sum(axis=(1, 2))
+        shapes = ink(video)  # (F, S, S)
+        centres, area = centre(shapes), shapes.sum(axis=(1, 2))
+        moved = centres[:, 8] - centres[:, 0]  # pixels in eight frames
+        angles, length = tilt(shapes, centres)
         motion, direction = toy.MOTIONS[labels["motion"]], toy.DIRECTIONS[labels["direction"]]
         if motion in ("sideways", "up-and-down"):
             along, across = moved if motion == "sideways" else moved[::-1]
@@ -41,25 +72,45 @@ def test_motions_do_what_their_name_says():
             assert (along > 0) == (direction in ("right", "down"))
         else:
             assert np.abs(moved).max() < 8
-            changes = np.diff(area[:8])
-            steps = np.median(changes)
-            assert (np.abs(steps) > 2) == (motion == "scale") or np.abs(steps) < 12
-            if motion == "scale" and abs(steps) > 6:
-                assert (steps > 0) == (direction == "grow")
+        if motion == "scale":
+            assert np.ptp(area) > 0.4 * area.max()
+            assert (np.median(np.diff(area)) > 0) == (direction == "grow")
+        else:
+            assert np.ptp(area) < 0.2 * area.max()
+        if length.min() > 0.2:  # a bar
+            turned = np.median(np.diff(angles))  # radians a frame
+            assert (abs(turned) > 0.08) == (motion == "spin")
+            assert motion != "spin" or (turned > 0) == (direction == "clockwise")
+            seen.add(f"a bar, {direction}")
         seen.add(direction)
-    assert seen == set(toy.DIRECTIONS)
+    assert seen == {start + direction for direction in toy.DIRECTIONS for start in ("", "a bar, ")}
 
 
 def test_a_single_frame_does_not_give_the_motion_away():
     """The quantities that a motion changes are spread alike in all motions, at any moment."""
     areas = {m: [] for m in range(4)}
-    for number in range(1200):
+    for number in range(600):
         random = np.random.default_rng(number)
         video, labels = toy.draw_video(number)
-        frame = video[random.integers(toy.FRAMES)].astype(int)
-        ink = np.abs(frame - np.median(frame, axis=(0, 1))).max(axis=-1) > 25
-        areas[labels["motion"]].append([ink.sum(), ink[:32].sum(), ink[:, :32].sum()])
+        shape = ink(video[random.integers(toy.FRAMES)])
+        areas[labels["motion"]].append([shape.sum(), shape[:32].sum(), shape[:, :32].sum()])
     means = {m: np.mean(a, axis=0) for m, a in areas.items()}
     errors = {m: np.std(a, axis=0) / np.sqrt(len(a)) for m, a in areas.items()}
     for m in range(1, 4):
         assert (np.abs(means[m] - means[0]) < 4 * np.hypot(errors[m], errors[0])).all()
+
+
+def test_a_single_frame_gives_the_appearance_away():
+    """The colours of the labels are those of the pixels."""
+    seen, palette = set(), np.array(list(toy.COLOURS.values()))
+    for number in range(80):
+        video, labels = toy.draw_video(number)
+        pixels = video[0][ink(video[0])].astype(int)
+        nearest = np.abs(pixels[:, None] - palette).sum(axis=-1)  # (pixels, colours)
+        counts = np.bincount(nearest.argmin(axis=1)[nearest.min(axis=1) < 10], minlength=4)
+        body, end = divmod(labels["appearance"], 4)
+        assert set(np.flatnonzero(counts > 0.05 * counts.sum())) == {body, end}
+        assert counts[body] == counts.max()  # the end is less than half
+        assert toy.LOOKS[labels["appearance"]].startswith(list(toy.COLOURS)[body])
+        seen.add(labels["appearance"])
+    assert len(seen) == 16

@@ -1,11 +1,26 @@
+import itertools
 import os
 import shutil
+from dataclasses import asdict
 
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 import transformer
-from transformer import (LAYOUTS, TokenHead, TransformerConfig, VideoTransformer, load_backbone, resize_table)
+from plumbing import kernels
+from plumbing.cli import UserError
+from transformer import (
+    LAYOUTS,
+    TokenHead,
+    TransformerConfig,
+    VideoTransformer,
+    from_sequences,
+    load_backbone,
+    resize_table,
+    to_sequences,
+)
 
 T, H, W, V = 3, 4, 5, 20
 PAD = V + 1
@@ -25,16 +40,13 @@ def clips(batch=2):
     return torch.randint(V, (batch, T, H, W), generator=torch.Generator().manual_seed(1))
 
 
-def changed(model, tokens, place):
-    """Where one layer's features change when one token does -> bool (T, H, W), and whether CLS does."""
-    other = tokens.clone()
-    other[(0, *place)] = (other[(0, *place)] + 1) % V
-    (cls, features), (other_cls, other_features) = model(tokens), model(other)
-    return ((features - other_features)[0].abs().amax(dim=-1) > 1e-9), (cls - other_cls)[0].abs().max() > 1e-9
+def outputs_and_gradients(model):
+    cls, features = model(clips())
+    return cls, features, *torch.autograd.grad(cls.sin().sum() + features.sin().sum(), model.parameters())
 
 
 def reach(layout, place):
-    """Where a change can arrive after one layer without passing through CLS -> bool (T, H, W)."""
+    """Where a token's change can arrive after one layer without passing through CLS -> bool (T, H, W)."""
     seen = torch.zeros(T, H, W, dtype=torch.bool)
     seen[place] = True
     for block in layout.split(","):
@@ -46,31 +58,44 @@ def reach(layout, place):
     return seen
 
 
+@settings(deadline=None)
+@given(st.integers(1, 3), st.integers(1, 4), st.integers(1, 4), st.integers(1, 4),
+       st.sampled_from(["T", "H", "W", "HxW", "TxHxW"]))
+def test_sequences_lie_along_the_axes_of_their_pattern(clips, frames, height, width, pattern):
+    sizes = {"B": clips, "T": frames, "H": height, "W": width}
+    grid = torch.stack(torch.meshgrid(*map(torch.arange, sizes.values()), indexing="ij"), dim=-1)  # (B, T, H, W, 4)
+    sequences = to_sequences(grid, pattern)  # (B, S, L, 4)
+    assert torch.equal(from_sequences(sequences, pattern, (frames, height, width)), grid)
+    axes = pattern.split("x")
+    along = list(itertools.product(*(range(sizes[axis]) for axis in axes)))
+    across = list(itertools.product(*(range(sizes[axis]) for axis in "BTHW" if axis not in axes)))
+    sequences = sequences.reshape(-1, len(along), 4)
+    assert len(sequences) == len(across)
+    for own, other in zip(sequences, across):
+        assert own[:, ["BTHW".index(axis) for axis in axes]].tolist() == [list(place) for place in along]
+        assert (own[:, [i for i, axis in enumerate("BTHW") if axis not in axes]] == torch.tensor(other)).all()
+
+
 @pytest.mark.parametrize("pre_norm", [False, True])
 @pytest.mark.parametrize("layout", LAYOUTS)
+@torch.no_grad()
 def test_a_change_reaches_where_the_layout_says(layout, pre_norm):
-    """CLS carries a change on to every token, but only from one block to the next: with CLS's value held out of the
-    blocks after the first, a token's change arrives where the patterns lead and nowhere else."""
-    model = build(layout, pre_norm)
-    for block in model.layers[0].blocks:  # tokens stop listening to CLS: its key is far away from every query
-        attend = block.attend
-
-        def without_cls(qkv, pad, shape, pattern, attend=attend):
-            qkv = qkv.clone()
-            qkv[:, 0] = 0
-            return attend(qkv, pad, shape, pattern)
-        block.attend = without_cls
-    tokens = clips()
-    for place in ((0, 0, 0), (1, 2, 3)):
-        where, _ = changed(model, tokens, place)
-        assert torch.equal(where, reach(layout, place))
-
-
-@pytest.mark.parametrize("layout", LAYOUTS)
-def test_cls_sees_every_token_after_one_layer(layout):
-    model = build(layout)
-    for place in ((0, 0, 0), (T - 1, H - 1, W - 1), (1, 2, 0)):
-        assert changed(model, clips(), place)[1]
+    """CLS hears of a token's change in one block and tells every token in the next. With CLS put back between the
+    blocks, the change arrives where the patterns lead and nowhere else; without, it arrives everywhere."""
+    blocks = build(layout, pre_norm).layers[0].blocks
+    x = torch.randn(1, 1 + T * H * W, 24, dtype=torch.float64)
+    everywhere = torch.ones(T, H, W, dtype=torch.bool)
+    for place, put_back in itertools.product(((0, 0, 0), (1, 2, 3)), (True, False)):
+        y, changed = x, x.clone()
+        changed[:, 1:].unflatten(1, (T, H, W))[0][place] += torch.randn(24)
+        for block in blocks:
+            y, changed = block(y, None, (T, H, W)), block(changed, None, (T, H, W))
+            moved = (changed - y)[0].abs().amax(dim=-1) > 1e-9  # (1 + T*H*W,)
+            assert moved[0]
+            if put_back:
+                changed[:, 0] = y[:, 0]
+        where = reach(layout, place) if put_back or len(blocks) == 1 else everywhere
+        assert torch.equal(moved[1:].view(T, H, W), where)
 
 
 @pytest.mark.parametrize("pre_norm", [False, True])
@@ -104,51 +129,32 @@ def test_places_and_moments_are_told_apart():
     assert torch.cdist(features, features).fill_diagonal_(1).min() > 1e-3
 
 
-def test_dropout_is_off_in_evaluation():
-    model = build(dropout=0.5)
-    tokens = clips()
-    assert not torch.allclose(model(tokens)[0], model(tokens)[0])
-    model.eval()
-    assert torch.allclose(model(tokens)[0], model(tokens)[0])
+def test_dropout_falls_on_the_embedding_the_probabilities_and_every_residual(monkeypatch):
+    dropped = []
+    for module in (transformer, kernels):
+        monkeypatch.setattr(module, "dropout", lambda x, p, training: dropped.append((*x.shape, p * training)) or x)
+    model = build("T,H|W", dropout=0.25)
+    model(clips())
+    tokens = (2, 1 + T * H * W, 24, 0.25)
+    assert dropped == [tokens, (2, H, W, 6, 1 + T, 1 + T, 0.25), tokens, (2, T, W, 3, 1 + H, 1 + H, 0.25),
+                       (2, T, H, 3, 1 + W, 1 + W, 0.25), tokens, tokens]
+    dropped.clear()
+    model.eval()(clips())
+    assert {shape[-1] for shape in dropped} == {0}
 
 
-def test_dropout_drops_its_share_and_keeps_the_mean():
-    """p of the elements become 0, the others grow by 1 / (1 - p), independently of their neighbours; so in backward."""
-    torch.manual_seed(0)
-    x = torch.ones(1001, 1001, requires_grad=True)  # no multiple of the four elements that share a draw
-    for p in (0.1, 0.5):
-        y = transformer.dropout(x, p, True)
-        kept = y > 0
-        assert y[kept].unique().tolist() == pytest.approx([1 / (1 - p)], rel=1e-4)
-        assert kept.float().mean() == pytest.approx(1 - p, abs=2e-3)
-        for both in (kept[1:] & kept[:-1], kept[:, 1:] & kept[:, :-1], kept[:, 4:] & kept[:, :-4]):
-            assert both.float().mean() == pytest.approx((1 - p) ** 2, abs=3e-3)
-        assert torch.equal(torch.autograd.grad(y.sum(), x)[0], y)
-    assert torch.equal(transformer.dropout(x, 0.5, False), x)
-
-
-@pytest.mark.parametrize("limit", [65_535, 7])
-def test_fused_attention_gives_the_same_in_one_launch_or_several(limit, monkeypatch):
-    monkeypatch.setattr(transformer, "MOST_SEQUENCES", limit)
-    q, k, v = torch.randn(3, 2, 4, 5, 3, 6, 8, dtype=torch.float64, requires_grad=True)  # 2 x 4 x 5 sequences of 6
-    plain = (q @ k.transpose(-1, -2) / 8 ** 0.5).softmax(dim=-1) @ v
-    fused = transformer.fused_attention(q, k, v, 0.0)
-    weights = torch.randn_like(plain)
-    assert torch.allclose(fused, plain)
-    for a, b in zip(*(torch.autograd.grad((out * weights).sum(), (q, k, v)) for out in (plain, fused))):
-        assert torch.allclose(a, b)
-
-
-def test_compiled_layers_give_the_same():
+def test_compiled_layers_share_one_compilation_and_give_the_same():
     """Where a compiler is at hand; outside training the layers run as they are."""
     if not shutil.which(os.environ.get("CXX", "g++")):
         pytest.skip("torch.compile needs a C++ compiler")
-    model, tokens = build(layers=2), clips()
-    keys, (cls, features) = list(model.state_dict()), model(tokens)
+    model = build("TxHxW", layers=2)  # the quickest to compile
+    keys, plain = list(model.state_dict()), outputs_and_gradients(model)
+    torch._dynamo.utils.counters.clear()
     model.compile_layers()
-    assert list(model.state_dict()) == keys
-    for ours, theirs in zip((cls, features), model(tokens)):
+    for ours, theirs in zip(outputs_and_gradients(model), plain):
         assert torch.allclose(ours, theirs)
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 1
+    assert list(model.state_dict()) == keys
 
 
 def test_token_head_is_tied_to_the_embedding():
@@ -160,20 +166,23 @@ def test_token_head_is_tied_to_the_embedding():
 
 
 def test_resize_interpolates_each_axis_and_keeps_the_rest():
-    model = build()
+    ramps = torch.arange(4.0)[:, None] * torch.tensor([1, -2])  # (4, d = 2)
+    assert resize_table(ramps, 8)[:, 0].tolist() == [0, 0.25, 0.75, 1.25, 1.75, 2.25, 2.75, 3]
+    assert torch.equal(resize_table(ramps, 8)[:, 1], -2 * resize_table(ramps, 8)[:, 0])
+    assert torch.equal(resize_table(ramps, 4), ramps)
+    model = build().float()
     before = {name: p.clone() for name, p in model.named_parameters()}
-    model.resize(2 * T, 2 * H, 2 * W)
-    assert model(torch.randint(V, (1, 2 * T, 2 * H, 2 * W)))[1].shape == (1, 2 * T, 2 * H, 2 * W, 24)
-    ramp = torch.arange(4.0)[:, None]
-    assert resize_table(ramp, 8).flatten().tolist() == [0, 0.25, 0.75, 1.25, 1.75, 2.25, 2.75, 3]
-    assert torch.allclose(resize_table(ramp, 4), ramp)
-    assert torch.equal(model.embedding.weight, before["embedding.weight"])
+    assert model.resize(2 * T, 3 * H, W)(torch.randint(V, (1, 2 * T, 3 * H, W)))[1].shape == (1, 2 * T, 3 * H, W, 24)
+    before |= {"time": resize_table(before["time"], 2 * T), "row": resize_table(before["row"], 3 * H)}
+    for name, p in model.named_parameters():
+        assert torch.equal(p, before[name]), name
 
 
 @pytest.mark.parametrize("wrong, said", [
-    (dict(layout="H,T"), "H,T"), (dict(heads=7), "7"), (dict(layers=0), "layers"), (dict(dropout=1.0), "dropout")])
+    (dict(layout="H,T"), "H,T"), (dict(heads=7), "7"), (dict(layers=0), "layers"), (dict(dropout=1.0), "dropout"),
+    (dict(dropout=-0.1), "dropout")])
 def test_sizes_that_do_not_fit_are_refused(wrong, said):
-    with pytest.raises(ValueError, match=said):
+    with pytest.raises(UserError, match=said):
         TransformerConfig(**wrong)
 
 
@@ -181,19 +190,33 @@ def test_sizes_that_do_not_fit_are_refused(wrong, said):
 def test_a_token_out_of_range_is_refused(token):
     tokens = clips()
     tokens[0, 0, 0, 0] = token
-    with pytest.raises(ValueError, match=str(token)):
+    with pytest.raises(UserError, match=str(token)):
         build()(tokens)
 
 
 def test_a_clip_of_another_size_is_refused():
-    with pytest.raises(ValueError, match="resize"):
+    with pytest.raises(UserError, match="resize"):
         build()(torch.zeros(1, T + 1, H, W, dtype=torch.long))
 
 
-def test_load_backbone_refuses_what_is_no_checkpoint(tmp_path):
-    (tmp_path / "text.pt").write_text("hello")
-    with pytest.raises(ValueError, match="text.pt"):
-        load_backbone(tmp_path / "text.pt")
-    torch.save({"weights": torch.zeros(2)}, tmp_path / "other.pt")
-    with pytest.raises(ValueError, match="other.pt"):
-        load_backbone(tmp_path / "other.pt")
+def test_load_backbone_reads_our_checkpoints_and_changes_what_is_asked(tmp_path):
+    model = build("H|W,T", pre_norm=True)
+    torch.save({"transformer": asdict(model.config), "model": {
+        **{f"backbone.{name}": p for name, p in model.state_dict().items()}, "token_head.bias": torch.zeros(2)}},
+        tmp_path / "last.pt")
+    loaded = load_backbone(tmp_path / "last.pt", dropout=0.3)
+    assert loaded.config.dropout == 0.3 and loaded.layers[0].dropout == 0.3
+    assert torch.allclose(loaded.double().eval()(clips())[0], model(clips())[0], atol=1e-5)
+
+
+def test_load_backbone_refuses_what_is_no_checkpoint_or_another_model_s(tmp_path):
+    path = tmp_path / "some.pt"
+    path.write_text("hello")
+    with pytest.raises(UserError, match="some.pt"):
+        load_backbone(path)
+    for content in ({"weights": torch.zeros(2)}, {"transformer": asdict(build().config), "model": {}}):
+        torch.save(content, path)
+        with pytest.raises(UserError, match="some.pt"):
+            load_backbone(path)
+    with pytest.raises(UserError, match="none.pt"):
+        load_backbone(tmp_path / "none.pt")
