@@ -40,8 +40,8 @@ PRESETS = {
                 tokenizer_steps=600, log_every=25, knn=20, workers=0),
     "small": dict(out="runs/small"),  # and the defaults below: Table 3, second column of Table 4
     "base": dict(out="runs/base", layers=12, dim=768, heads=12, mlp_dim=3072),
-    "large": dict(out="runs/large", layers=24, dim=1024, heads=16, head_dim=32, projection_hidden=4096, projection_layers=3,
-                  epochs=90, lr=3e-4, warmup=0.05)}
+    "large": dict(out="runs/large", layers=24, dim=1024, heads=16, head_dim=32, projection_hidden=4096,
+                  projection_layers=3, epochs=90, lr=3e-4, warmup=0.05)}
 BETAS = (0.9, 0.98)  # of Adam, Table 4
 
 

@@ -64,8 +64,8 @@ def class_names(dataset, root):
     """The classes in the order of their labels -> [str], or None where there are no labels."""
     root = Path(root)
     if dataset == "list":
-        words = _lines(root, "classes.txt") if (root / "classes.txt").is_file() else \
-            sorted({line.rsplit(None, 1)[1] for line in _lines(root, "train.txt")})
+        listed = {str(label) for _, label in _list(root, "train")} if (root / "train.txt").is_file() else ()
+        words = _lines(root, "classes.txt") if (root / "classes.txt").is_file() else sorted(listed)
         return None if all(word.isdigit() for word in words) else words
     if dataset == "ucf101":
         pairs = [line.split() for line in _lines(root, "ucfTrainTestlist/classInd.txt")]

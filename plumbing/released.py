@@ -167,10 +167,10 @@ def read_module(path):
                 numbers[key] = torch.frombuffer(bytearray(file.read(count * dtypes[key].itemsize)), dtype=dtypes[key])
         return {name: torch.as_strided(numbers[storage[0]], size, stride, offset).clone()
                 for name, (storage, offset, size, stride) in _walk(root, "")}
-    except (pickle.UnpicklingError, EOFError, struct.error, LookupError, TypeError, AttributeError, ValueError,
+    except (pickle.UnpicklingError, EOFError, OSError, struct.error, LookupError, TypeError, AttributeError, ValueError,
             RuntimeError) as error:
-        reason = error if str(error).startswith("the file") else "no module pickled by torch.save in its old format"
-        raise UserError(f"{path}: {reason}") from error
+        reason = "no module pickled by torch.save in its old format"
+        raise UserError(f"{path}: {error if isinstance(error, (UserError, OSError)) else reason}") from error
 
 
 def _walk(module, prefix):

@@ -106,7 +106,7 @@ def read_checkpoint(path):
     Raises UserError, naming the file, for a file that holds more than tensors and plain values.
     """
     try:
-        return torch.load(path, map_location="cpu", weights_only=True)
+        return dict(torch.load(path, map_location="cpu", weights_only=True))
     except FileNotFoundError as error:
         raise UserError(f"there is no file {path}") from error
     except Exception as error:  # torch's unpickler meets damaged files with errors of many kinds

@@ -116,7 +116,7 @@ def test_probabilities_are_averaged_over_clips_and_views(tmp_path):
         assert torch.allclose(p[video], each.mean(dim=0), atol=1e-6)
 
 
-def test_few_labels_train_on_so_many_videos_every_class_alike(tmp_path, monkeypatch):
+def test_few_labels_train_on_so_many_videos_of_all_classes(tmp_path, monkeypatch):
     store, drawn, cut = store_of_two_kinds(tmp_path / "s"), [], data.RandomClips.__getitem__
     monkeypatch.setattr(data.RandomClips, "__getitem__", lambda clips, item: drawn.append(item) or cut(clips, item))
     config = finetune.Config(out=str(tmp_path / "run"), epochs=3.0, batch=5, few=10, fps=2.0)

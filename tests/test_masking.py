@@ -155,7 +155,7 @@ def test_two_processes_hide_what_one_process_hides(kind, noise):
 
 @every_way
 def test_the_first_clips_come_before_the_second_and_a_seed_repeats_the_masks(kind, noise):
-    clips = random_clips(4)
+    clips = random_clips(40)
     a, b, c = (masking.prepare(clips, V, kind, noise=noise, generator=seeded(seed)) for seed in (5, 5, 6))
     assert torch.equal(a.tokens, torch.cat([clips[:, 0], clips[:, 1]])) and not a.padded
     assert torch.equal(a.mask, b.mask) and torch.equal(a.inputs, b.inputs)

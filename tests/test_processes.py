@@ -5,8 +5,9 @@ from unittest import mock
 import numpy as np
 import pytest
 import torch
-from conftest import TINY, call, flags
+from conftest import call
 
+import finetune
 import pretrain
 from plumbing import processes, runs
 from plumbing.cli import UserError
@@ -157,11 +158,13 @@ def test_fp32_is_true_float32_and_tf32_is_not(switches):
         assert processes.pick_precision(name, torch.device("cpu")) == dtype
 
 
-def test_tf32_is_refused_on_a_cpu(workplace):
+def test_tf32_is_refused_on_a_cpu_before_anything_is_made(tmp_path):
     with pytest.raises(UserError, match="tf32.*fp32 on cpu"):
         processes.pick_precision("tf32", torch.device("cpu"))
-    done = call(pretrain, *flags(TINY), "--precision", "tf32", "--out", "runs/tf32", place=workplace)
-    assert done.returncode == 2 and len(done.stderr.splitlines()) == 1 and "--precision tf32" in done.stderr
+    for script in (pretrain, finetune):
+        done = call(script, "--device", "cpu", "--precision", "tf32", place=tmp_path)
+        assert done.returncode == 2 and len(done.stderr.splitlines()) == 1 and "--precision tf32" in done.stderr
+    assert not list(tmp_path.iterdir())
 
 
 def test_auto_is_a_format_that_the_hardware_multiplies(monkeypatch):

@@ -26,7 +26,7 @@ class Model(nn.Module):
         self.backbone = type("Backbone", (), {"config": Settings()})()
 
 
-DECAYED = {"linear.weight", "table.weight", "cls"}
+DECAYED = {"linear.weight", "batch.weight", "table.weight", "cls"}
 
 
 def one_step(model, optimizer, step=0, gradient=0.0):
@@ -46,7 +46,7 @@ def test_the_schedule_rises_then_falls_to_zero():
     assert runs.learning_rate(0, 10, 1.0, 0) == 1.0
 
 
-def test_biases_and_norms_are_not_decayed():
+def test_biases_and_layer_norms_are_not_decayed():
     model = Model()
     moved = one_step(model, runs.Optimizer(model, Settings(), 10, (0.9, 0.98)))
     assert {name for name, by in moved.items() if by.any()} == DECAYED

@@ -85,20 +85,20 @@ def test_a_tokenisation_killed_again_and_again_ends_like_one_that_was_not(tmp_pa
     for i in range(30):
         write_video(tmp_path / f"videos/{i}.mp4", range(0, 240, 5 + i))
 
-    def start(out):
-        argv = ["tokenize", "--videos", tmp_path / "videos", "--tokenizer", place / "t.pt", "--frame-size", 32, "--fps",
-                8, "--workers", 1, "--out", tmp_path / out]
-        return subprocess.Popen([sys.executable, ROOT / "vqvae.py", *map(str, argv)], stdout=subprocess.DEVNULL,
-                                stderr=subprocess.DEVNULL)
+    def argv(out):
+        parts = ["tokenize", "--videos", tmp_path / "videos", "--tokenizer", place / "t.pt", "--frame-size", 32,
+                 "--fps", 8, "--workers", 1, "--out", tmp_path / out, "--device", "cpu"]
+        return [str(part) for part in parts]
     for lines in (1, 12):  # killed as soon as so many videos are there
-        process = start("killed")
+        process = subprocess.Popen([sys.executable, ROOT / "vqvae.py", *argv("killed")], stdout=subprocess.DEVNULL,
+                                   stderr=subprocess.DEVNULL)
         journal = tmp_path / "killed/journal-00000.jsonl"
         while process.poll() is None and (not journal.is_file() or journal.read_text().count("\n") < lines):
             time.sleep(0.005)
         process.send_signal(signal.SIGKILL)
         process.wait()
     assert not (tmp_path / "killed/index.npy").is_file()  # it was killed before its end, each time
-    assert start("killed").wait() == 0 and start("whole").wait() == 0
+    assert call(vqvae, *argv("killed")).returncode == call(vqvae, *argv("whole")).returncode == 0
     killed, whole = TokenStore(tmp_path / "killed"), TokenStore(tmp_path / "whole")
     assert [killed.name(i) for i in range(len(killed))] == [whole.name(i) for i in range(30)]
     assert all(np.array_equal(killed.tokens(i), whole.tokens(i)) for i in range(30))
