@@ -7,8 +7,8 @@ number of cores; it is written down with its commit and versions as soon as it e
 stopped and started again. Delete an entry to run it anew.
 
 Fine-tuning takes 600 steps on 400 labelled videos, 150 on fewer. From scratch it takes four times as many: the paper
-gives 1.5 to 4 times the epochs (Table 4). Learning rate and warm-up from scratch are chosen on the validation split, with
-seed 0 on motion, once with 400 labels and once, for all fewer, with 100; other figures come from the test split.
+gives 1.5 to 4 times the epochs (Table 4). Learning rate and warm-up from scratch are chosen on the validation split,
+with seed 0 on motion, once with 400 labels and once, for all fewer, with 100; other figures come from the test split.
 """
 import concurrent.futures
 import json
@@ -25,9 +25,9 @@ import torch.nn.functional as F
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-from plumbing.cli import progress  # noqa: E402
-from plumbing.runs import read_metrics  # noqa: E402
-from plumbing.store import TokenStore, write_text  # noqa: E402
+from plumbing.cli import progress
+from plumbing.runs import read_metrics
+from plumbing.store import TokenStore, write_text
 
 SEEDS, TASKS, FEW = (0, 1, 2), ("motion", "appearance"), (25, 50, 100)
 RESULTS = ROOT / "benchmarks/toy_results.json"
@@ -137,7 +137,8 @@ ROWS += [("one frame, 2,000 labels", "{labels}, one frame, seed {seed}", None),
 
 def table():
     """The README's table, in its own markup -> [line]. What has not been measured yet is left open."""
-    results, lines = read(), ["| top-1 in percent | motion (4 classes) | appearance (16 classes) |", "| --- | --- | --- |"]
+    results = read()
+    lines = ["| top-1 in percent | motion (4 classes) | appearance (16 classes) |", "| --- | --- | --- |"]
     for row, name, figure in ROWS:
         cells = []
         for labels in TASKS:

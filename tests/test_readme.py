@@ -1,12 +1,11 @@
 import sys
 
 import pytest
-
 from conftest import ROOT
 
 sys.path.insert(0, str(ROOT / "benchmarks"))
 
-import toy_results  # noqa: E402
+import toy_results
 
 
 @pytest.mark.parametrize("line", toy_results.table()[2:])
