@@ -1,3 +1,5 @@
+import itertools
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -99,15 +101,14 @@ def test_hide_with_noise_draws_for_every_token():
     assert hidden[~kept & (masked == 0)].max() < V
 
 
-def test_where_cuboids_overlap_the_last_one_decides():
-    cuboids = masking.cuboids(50, 5, 8, 8, 4, generator=seeded(0))
-    own = torch.rand(50, 4, generator=seeded(1))  # the numbers that cuboid_draws will draw
-    found = masking.cuboid_draws(cuboids, seeded(1))
-    for draw, inside, numbers in zip(found, cuboids, own):
-        expected = torch.zeros_like(draw)
-        for cuboid, number in zip(inside, numbers):
-            expected[cuboid] = number
-        assert torch.equal(draw * inside.any(dim=0), expected)
+def test_where_cuboids_overlap_the_last_decides_that_does_not_leave_its_tokens():
+    boxes = masking.cuboids(50, 5, 8, 8, 6, generator=seeded(0))
+    numbers = torch.rand(50, 6, generator=seeded(1))  # those that cuboid_draws will draw
+    expected = torch.ones(50, 5, 8, 8)
+    for clip, cuboid in itertools.product(range(50), range(6)):
+        if numbers[clip, cuboid] < 0.9:
+            expected[clip, boxes[clip, cuboid]] = numbers[clip, cuboid]
+    assert torch.equal(masking.cuboid_draws(boxes, seeded(1)), expected)
 
 
 def kinds_of_cuboids(seed):

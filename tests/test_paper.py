@@ -4,8 +4,8 @@ import pytest
 import torch
 
 from masking import PAPER_TABLE_2, block_mask, blocks_for, expected_ratio
-from pretrain import PRESETS, Config
-from transformer import PAPER_SIZES, TransformerConfig, VideoTransformer, count_parameters
+from pretrain import PRESETS, Config, Vimpac
+from transformer import PAPER_SIZES, TransformerConfig, count_parameters
 
 CELLS = [(t, s, n, ratio) for (t, s), (row, _) in PAPER_TABLE_2.items() for n, ratio in zip(range(4, 9), row)]
 
@@ -50,14 +50,14 @@ def test_table_4_s_pre_training_numbers():
 @pytest.mark.parametrize("pre_norm", [False, True])
 def test_start_weights_are_as_small_as_appendix_a_says(pre_norm):
     torch.manual_seed(0)
-    model = VideoTransformer(TransformerConfig(layers=2, dim=256, heads=4, mlp_dim=512, vocab_size=500, frames=64,
-                                               height=64, width=64, pre_norm=pre_norm))
+    model = Vimpac(TransformerConfig(layers=2, dim=256, heads=4, mlp_dim=512, vocab_size=500, frames=64, height=64,
+                                     width=64, pre_norm=pre_norm), 128, 3)
     for name, p in model.named_parameters():
-        if name.endswith(("bias", "norm.weight")):
+        if "norm" in name or name.endswith("bias"):
             assert (p == name.endswith("weight")).all(), name
-        elif name != "cls_position":
-            narrower = 3 if name in ("time", "row", "column") else 1
-            if pre_norm and name.endswith(("out.weight", "contract.weight")):
+        else:
+            narrower = 3 if name.endswith((".time", ".row", ".column")) else 1
+            if pre_norm and ".layers." in name and name.endswith((".out.weight", ".contract.weight")):
                 narrower = 2 * 3  # additions to the residual
             assert p.std().item() == pytest.approx(0.02 / narrower ** 0.5, rel=0.12), name
-            assert abs(p.mean().item()) < 0.003, name
+            assert abs(p.mean().item()) < 0.004, name
