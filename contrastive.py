@@ -25,10 +25,9 @@ def info_nce(first, second, temperature=0.2):
     processes is the gradient of the loss itself.
     """
     with torch.autocast(first.device.type, enabled=False):  # in float32, as small differences decide
-        f = F.normalize(torch.cat([gather(first), gather(second)]).float(), dim=1)  # (2n, d), of all processes
+        f = F.normalize(torch.cat([gather(first.float()), gather(second.float())]), dim=1)  # (2n, d), of all processes
         similarity = f @ f.t() / temperature  # (2n, 2n)
-    own = torch.eye(len(f), dtype=torch.bool, device=f.device)
-    similarity = similarity.masked_fill(own, float("-inf"))
+    similarity = similarity.masked_fill(torch.eye(len(f), dtype=torch.bool, device=f.device), float("-inf"))
     positive = torch.arange(len(f), device=f.device).roll(len(f) // 2)  # clip i's partner is i + n, and i + n's is i
     return 2 * F.cross_entropy(similarity, positive)  # the mean over 2n clips, twice: L_i + L'_i
 

@@ -150,7 +150,7 @@ def few_labels(labels, count, seed=0):
     """
     order = np.random.default_rng(seed).permutation(len(labels))
     order = order[np.argsort(np.asarray(labels)[order], kind="stable")]  # by class, within a class at random
-    return order[spread(count or len(order), len(order))]
+    return np.sort(order[spread(count or len(order), len(order))])
 
 
 class Batches:

@@ -93,10 +93,11 @@ def report(out, held_out):
         "masked-token accuracy": {"training": "mask_accuracy", "held out": "held_out_mask_accuracy"},
         "contrastive loss (with gamma)": {"training": "contrastive_loss", "held out": "held_out_contrastive_loss"},
         "kNN accuracy": {name.removeprefix("knn_"): name for name in names}})
-    prefix, where = ("held_out_", f"{held_out} held-out") if held_out else ("", "training")
-    for record in [record for record in records if f"{prefix}mask_accuracy" in record][-1:]:
-        print(f"mask accuracy {100 * record[f'{prefix}mask_accuracy']:.1f}%  "
-              f"contrastive loss {record[f'{prefix}contrastive_loss']:.3f}  ({where} videos)")
+    prefix = "held_out_" * (held_out > 0 and any("held_out_mask_accuracy" in record for record in records))
+    for m in [record for record in records if f"{prefix}mask_accuracy" in record][-1:]:
+        accuracy, contrast = 100 * m[f"{prefix}mask_accuracy"], m[f"{prefix}contrastive_loss"]
+        where = f"{held_out} held-out" if prefix else "training"
+        print(f"mask accuracy {accuracy:.1f}%  contrastive loss {contrast:.3f}  ({where} videos)")
     for name in names:
         values = [record[name] for record in records if name in record]
         print(f"kNN on {name.removeprefix('knn_')}: {100 * values[-1]:.1f}% (untrained: {100 * values[0]:.1f}%)")

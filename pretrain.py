@@ -38,10 +38,10 @@ PRESETS = {
     "toy": dict(layers=3, dim=64, heads=4, head_dim=16, mlp_dim=256, frame_size=64, fps=8.0, codes=256, dropout=0.0,
                 min_stride=2, max_stride=4, projection_hidden=128, projection_layers=2, batch=32, lr=4e-3, steps=800,
                 tokenizer_steps=600, log_every=25, knn=20, workers=0),
-    "small": dict(out="runs/small"),  # and the defaults below: Table 3, second column of Table 4
-    "base": dict(out="runs/base", layers=12, dim=768, heads=12, mlp_dim=3072),
-    "large": dict(out="runs/large", layers=24, dim=1024, heads=16, head_dim=32, projection_hidden=4096,
-                  projection_layers=3, epochs=90, lr=3e-4, warmup=0.05)}
+    "small": {},  # the defaults below: Table 3 and the second column of Table 4
+    "base": dict(layers=12, dim=768, heads=12, mlp_dim=3072),
+    "large": dict(layers=24, dim=1024, heads=16, head_dim=32, projection_hidden=4096, projection_layers=3, epochs=90,
+                  lr=3e-4, warmup=0.05)}
 BETAS = (0.9, 0.98)  # of Adam, Table 4
 
 
@@ -297,6 +297,7 @@ def main():
 def finish(config, model, store, tokenizer_path):
     """The pictures and the last lines of a run."""
     held_out = data.hold_out(len(store), config.held_out)[1]
+    monitor.report(config.out, len(held_out))
     if tokenizer_path:
         tokenizer = vqvae.load_tokenizer(tokenizer_path).to(model.backbone.cls.device)
         shown = held_out if len(held_out) else np.arange(len(store))
@@ -304,7 +305,6 @@ def finish(config, model, store, tokenizer_path):
             save_fill_in(monitor.fill_in(
                 model, tokenizer, store, shown[data.spread(6, len(shown))], config.clip_fps(store),
                 torch.Generator().manual_seed(config.seed), **config.masks()), config.out)
-    monitor.report(config.out, len(held_out))
     print(f"{config.out}: last.pt, metrics.jsonl, curves.png{', fill_in.png, fill_in.gif' if tokenizer_path else ''}")
 
 

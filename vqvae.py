@@ -264,9 +264,7 @@ def train_command(config):
     found, errors = make_tokenizer(
         videos, config.out, config.fps, config.frame_size, config.frames, codes=config.codes, steps=config.steps,
         batch=config.batch, lr=config.lr, seed=config.seed, device=pick_device(config.device))
-    for line in errors:
-        print(f"skipped {line}")
-    print(f"{config.out}: {found}")
+    print("".join(f"skipped {line}\n" for line in errors) + f"{config.out}: {found}")
 
 
 def tokenize_command(config):

@@ -42,7 +42,7 @@ def launch(gpus):
     if gpus > torch.cuda.device_count():
         raise UserError(f"--gpus {gpus}: this machine has {torch.cuda.device_count()}")
     from torch.distributed.run import main as torchrun
-    torchrun(["--standalone", "--nproc-per-node", str(gpus), *sys.argv])
+    torchrun(["--standalone", "--nproc-per-node", str(gpus), "--", *sys.argv])
     sys.exit(0)
 
 
@@ -130,6 +130,7 @@ def pick_device(name):
         if not torch.cuda.is_available():
             raise UserError("--device cuda: this machine has no GPU that torch can use")
         torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
+        torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
     join_group("nccl" if name == "cuda" else "gloo")
     return torch.device(name)
 

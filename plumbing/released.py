@@ -23,10 +23,9 @@ def reading(path):
     """Around what reads a released checkpoint: names the file, and the tensor that it lacks or that does not fit."""
     try:
         yield
-    except KeyError as error:
-        raise UserError(f"{path} is no checkpoint of this project, nor a released one: it lacks {error}") from error
-    except (UserError, RuntimeError) as error:
-        raise UserError(f"{path}: {error}") from error
+    except (KeyError, UserError, RuntimeError) as error:
+        raise UserError(f"{path} is neither a checkpoint of this project nor a released VIMPAC one: "
+                        f"{'it lacks ' * isinstance(error, KeyError)}{error}") from error
 
 
 def transformer_sizes(state, layouts):

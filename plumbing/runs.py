@@ -1,4 +1,5 @@
 """A training run: its settings, optimizer and schedule; its folder with checkpoints, metrics and TensorBoard events."""
+import itertools
 import json
 import math
 import os
@@ -44,12 +45,16 @@ def learning_rate(step, steps, peak, warmup):
 
 
 def decay_groups(model, weight_decay):
-    """The parameters in two groups: biases and LayerNorm weights are not decayed; embeddings, position tables and, as
-    released, the weights of batch norms are."""
-    kept = {id(p) for m in model.modules() if isinstance(m, nn.LayerNorm) for p in m.parameters()}
-    kept |= {id(p) for name, p in model.named_parameters() if name.endswith("bias")}
-    return [{"params": [p for p in model.parameters() if id(p) not in kept], "weight_decay": weight_decay},
-            {"params": [p for p in model.parameters() if id(p) in kept], "weight_decay": 0.0}]
+    """The parameters in groups: biases and LayerNorm weights are not decayed; embeddings, position tables and, as
+    released, the weights of batch norms are.
+
+    Checkpoints number the moments in this order: first the matrices and tables, then all biases and norms' weights.
+    """
+    kinds = (nn.LayerNorm, nn.BatchNorm1d)
+    norms = {id(m.weight): isinstance(m, kinds[1]) for m in model.modules() if isinstance(m, kinds)}  # decayed or not
+    order = sorted(model.named_parameters(), key=lambda pair: pair[0].endswith("bias") or id(pair[1]) in norms)
+    groups = itertools.groupby(order, lambda pair: not pair[0].endswith("bias") and norms.get(id(pair[1]), True))
+    return [{"params": [p for _, p in pairs], "weight_decay": weight_decay * decayed} for decayed, pairs in groups]
 
 
 class Optimizer:
@@ -108,7 +113,7 @@ def read_checkpoint(path):
     try:
         return dict(torch.load(path, map_location="cpu", weights_only=True))
     except FileNotFoundError as error:
-        raise UserError(f"there is no file {path}") from error
+        raise UserError(f"there is no file {path} (python pretrain.py makes runs/toy/last.pt)") from error
     except Exception as error:  # torch's unpickler meets damaged files with errors of many kinds
         raise UserError(f"{path} is not a checkpoint of plain tensors ({type(error).__name__})") from error
 
@@ -195,7 +200,7 @@ class Run:
         self.steps = config.steps or max(1, int(epochs * videos) // config.batch)
         self.optimizer = Optimizer(model, config, self.steps, betas, self.precision)
         self.first = start(config, model, self.optimizer, init, resize)
-        self.sums, self.count, self.since, self.board = 0, 0, time.perf_counter(), None
+        self.sums, self.count, self.board = 0, 0, None
         if self.rank == 0:
             self.open_folder()
         if config.compile:
@@ -214,7 +219,8 @@ class Run:
 
     def each_step(self, text):
         """The steps that are left, with a bar; at the end of every save_every, and of the last, a checkpoint."""
-        self.bar = progress(range(self.first, self.steps), text, self.steps - self.first, " steps", self.rank == 0)
+        left, self.since = range(self.first, self.steps), time.perf_counter()
+        self.bar = progress(left, text, len(left), " steps", self.rank == 0)
         for step in self.bar:
             yield step
             if self.due(step, self.config.save_every) and self.rank == 0:

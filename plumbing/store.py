@@ -24,7 +24,7 @@ INDEX = np.dtype([("shard", "<u2"), ("start", "<i8"), ("frames", "<i4"), ("name"
 def whole(path):
     """A binary file to write, which takes the place of `path` only when all of it is there: a kill, an error or a full
     disk leaves the earlier file as it was. Makes its folder where there is none."""
-    part = Path(f"{path}.{os.getpid()}.part")  # several processes may write the same
+    part = Path(f"{path}.{os.environ.get('RANK', '0')}.part")  # each process of a group may write the same
     part.parent.mkdir(parents=True, exist_ok=True)
     try:
         with open(part, "wb") as file:

@@ -107,12 +107,12 @@ def test_probabilities_are_averaged_over_clips_and_views(tmp_path):
                         fps=2, views=views)
     config = finetune.Config(out=str(tmp_path / "run"), fps=1.0, clips=4)
     model = small(3, dropout=0.5, scale=10.0).eval()
-    torch.nn.init.normal_(model.classifier.weight)
+    torch.nn.init.normal_(model.classifier.weight, std=0.2)
     p = finetune.evaluate(model.train(), store, config, CPU, torch.float32)
     for video in range(5):
-        clips = [store.cut(video, start, 3, 2, view) for view in (0, 1) for start in (0, 1, 3, 4)]
+        clips = [store.cut(video, start, 3, 2, view) for view in (0, 1) for start in (0, 1, 2, 4)]
         each = model(torch.from_numpy(np.stack(clips))).softmax(dim=-1)
-        assert each.std(dim=0).max() > 0.01  # the clips differ
+        assert each.std(dim=0).max() > 1e-3  # the clips differ
         assert torch.allclose(p[video], each.mean(dim=0), atol=1e-6)
 
 
@@ -161,7 +161,7 @@ def short_run(place):
     config = finetune.Config(out=str(place / f"of {world}"), steps=3, batch=6, log_every=1, lr=1e-6, fps=4.0, clips=2,
                              precision="fp32")
     model = small(3, scale=10.0)
-    torch.nn.init.normal_(model.classifier.weight)
+    torch.nn.init.normal_(model.classifier.weight, std=0.2)
     with recorded_gradients() as gradients:
         finetune.train(config, model, store, "label", CPU)
     p = finetune.evaluate(model, store, config, CPU, torch.float32)
@@ -176,7 +176,7 @@ def test_two_processes_give_what_one_gives(tmp_path, in_two_processes):
     assert one[1] == pytest.approx(two[1], rel=1e-5, abs=2e-6)
     for p in (two[2], other[2]):
         assert torch.allclose(p, one[2], atol=1e-5) and p.sum(dim=1).tolist() == pytest.approx([1] * 13)
-    assert one[2].std(dim=0).max() > 0.01
+    assert one[2].std(dim=0).max() > 1e-3
 
 
 # ---------------------------------------------------------------- after pre-training at another size

@@ -52,6 +52,16 @@ def test_biases_and_layer_norms_are_not_decayed():
     assert {name for name, by in moved.items() if by.any()} == DECAYED
 
 
+def test_moments_are_numbered_as_checkpoints_of_earlier_versions_number_them():
+    """First the matrices and tables, then all biases and the weights of all norms, whichever of these are decayed."""
+    model = nn.ModuleDict({"a": nn.Linear(2, 2), "batch": nn.BatchNorm1d(2), "norm": nn.LayerNorm(2),
+                           "b": nn.Linear(2, 2)})
+    names = {p: name for name, p in model.named_parameters()}
+    groups = runs.Optimizer(model, Settings(), 10, (0.9, 0.98)).adamw.param_groups
+    assert [names[p] for group in groups for p in group["params"]] == [
+        "a.weight", "b.weight", "a.bias", "batch.weight", "batch.bias", "norm.weight", "norm.bias", "b.bias"]
+
+
 def test_a_step_follows_the_schedule_and_the_gradient_is_clipped_and_cleared():
     model = Model()
     optimizer = runs.Optimizer(model, Settings(weight_decay=0.0, warmup=0.0, clip=0.5), 4, (0.9, 0.98))
@@ -81,7 +91,7 @@ def test_another_weight_decay_is_taken_from_the_flags_and_moments_from_the_check
         other = Model()
         restored = runs.Optimizer(other, Settings(weight_decay=decay, warmup=0.0), 10, (0.9, 0.999))
         assert runs.restore(tmp_path / "last.pt", other, restored) == 7
-        assert [group["weight_decay"] for group in restored.adamw.param_groups] == [decay, 0.0]
+        assert {group["weight_decay"] for group in restored.adamw.param_groups} == {decay, 0.0}
         assert all(group["betas"] == (0.9, 0.999) for group in restored.adamw.param_groups)
         for old, new in zip(model.parameters(), other.parameters()):
             assert torch.equal(old, new)
