@@ -17,7 +17,7 @@ def dropout(x, p, training):
     numbers of four elements, 16 bits each, and the mask kept for the backward pass has one byte an element."""
     if x.device.type != "cpu" or not training or p == 0:
         return F.dropout(x, p, training)
-    dropped = round(p * 2**16)  # of the 2**16 numbers
+    dropped = min(round(p * 2**16), 2**16 - 1)  # of the 2**16 numbers
     numbers = torch.empty((x.numel() + 3) // 4, dtype=torch.int64).random_(-2**63, None).view(torch.int16)
     keep = numbers[:x.numel()].view(x.shape) >= dropped - 2**15
     return (x * keep).mul_(2**16 / (2**16 - dropped))

@@ -25,7 +25,7 @@ def reading(path):
         yield
     except (KeyError, UserError, RuntimeError) as error:
         raise UserError(f"{path} is neither a checkpoint of this project nor a released VIMPAC one: "
-                        f"{'it lacks ' * isinstance(error, KeyError)}{error}") from error
+                        f"{'it lacks ' * isinstance(error, KeyError)}{str(error).splitlines()[-1].strip()}") from error
 
 
 def transformer_sizes(state, layouts):
