@@ -44,11 +44,11 @@ class Config(runs.RunSettings):
     dataset: str = option("toy", "whose training numbers of Table 4 to start from", choices=list(DATASETS))
     checkpoint: str = option("runs/toy/last.pt", "pre-trained or fine-tuned model, ours or a released one")
     from_scratch: bool = option(False, "take only the sizes from the checkpoint and start from random weights")
-    data: str = option("datasets/toy/tokens", "folder with the token stores (of another dataset: tokens/DATASET)")
+    data: str = option("datasets/toy/tokens", "folder with the token stores, of another dataset tokens/DATASET")
     split: int = option(0, "1, 2 or 3 of UCF101 and HMDB51 (0: the stores are called train and test)")
     labels: str = option("motion", "label set to learn (the toy has motion, appearance and direction)")
     few: int = option(0, "train on so many videos, of each class its share (0: on all)", least=0)
-    out: str = option("", "folder of the run (named after labels or dataset, -scratch added where it is)")
+    out: str = option("", "folder of the run, named after labels or dataset, and -scratch where it is")
     eval_only: bool = option(False, "test the checkpoint's own classifier, without training")
     eval_split: str = option("test", "which store to measure on: val to choose, test to report")
     # the clips

@@ -145,8 +145,9 @@ def table():
             found = [results[name.format(labels=labels, seed=seed)]["result"] for seed in SEEDS
                      if name.format(labels=labels, seed=seed) in results]
             values = [result[figure.format(labels=labels)] if figure else result for result in found]
-            spread = f" +- {np.std(values, ddof=1):.1f}" if len(values) > 1 else " (one seed)"
-            cells.append(f"{np.mean(values):.1f}{spread}" if values else "not measured yet")
+            spread = f" +- {np.std(values, ddof=1):.1f}" if len(values) > 1 else ""
+            seeds = "" if len(values) == len(SEEDS) else f" ({len(values)} of {len(SEEDS)} seeds)"
+            cells.append(f"{np.mean(values):.1f}{spread}{seeds}" if values else "not measured yet")
         lines.append(f"| {row} | {' | '.join(cells)} |")
     return lines
 

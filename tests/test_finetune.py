@@ -132,6 +132,16 @@ def test_few_labels_from_the_command_line(workplace):
     assert [m["epoch"] for m in read_metrics(workplace / "runs/few")] == [2, 4]  # a step is all eight of them
 
 
+def test_what_lies_beyond_a_videos_end_is_not_attended_to(tmp_path):
+    """The model is told of PAD where there is any, and only there: looking for it would wait for a GPU."""
+    store, told = random_store(tmp_path / "s", 12, side=2), []
+    model = small(3)
+    model.register_forward_pre_hook(lambda model, inputs: told.append(((inputs[0] == 17).any().item(), inputs[1])))
+    finetune.train(finetune.Config(out=str(tmp_path / "run"), **{**FAST, "batch": 1, "steps": 12}, fps=2.0), model,
+                   store, "label", CPU)
+    assert all(padded == said for padded, said in told) and {padded for padded, _ in told} == {True, False}
+
+
 # ---------------------------------------------------------------- going on, and sharing the work
 
 
