@@ -10,6 +10,7 @@ Fine-tuning takes 600 steps on 400 labelled videos, 150 on fewer. From scratch i
 gives 1.5 to 4 times the epochs (Table 4). Learning rate and warm-up from scratch are chosen on the validation split,
 with seed 0 on motion, once with 400 labels and once, for all fewer, with 100; other figures come from the test split.
 """
+import argparse
 import concurrent.futures
 import json
 import os
@@ -67,7 +68,7 @@ def finetune(labels, kind, few, seed, lr, warmup, split="test"):
 
 
 def one_frame(labels, seed):
-    return float(script("benchmarks/toy_results.py", "one-frame", labels, seed))
+    return float(script("benchmarks/toy_results.py", "--one-frame", labels, seed))
 
 
 def single_frame(labels, seed):
@@ -160,8 +161,10 @@ def jobs(kind, few, seeds=SEEDS):
 
 
 def main():
-    if sys.argv[1:2] == ["one-frame"]:
-        return print(single_frame(sys.argv[2], int(sys.argv[3])))
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--one-frame", nargs=2, metavar=("LABELS", "SEED"), help="this run alone, of a single frame")
+    if asked := parser.parse_args().one_frame:
+        return print(single_frame(asked[0], int(asked[1])))
     pretraining = {seed: {f"pre-training, seed {seed}": (pretrain, (seed,))} for seed in SEEDS}
     frames = {f"{labels}, one frame, seed {seed}": (one_frame, (labels, seed)) for labels in TASKS for seed in SEEDS}
     pretrained = {seed: {name: job for few in (*FEW, 0) for name, job in jobs("pre-trained", few, [seed]).items()}

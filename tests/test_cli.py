@@ -1,5 +1,6 @@
 import importlib
 import io
+import os
 import re
 import sys
 from dataclasses import dataclass
@@ -74,7 +75,8 @@ def test_help_of_every_command_is_shown(script, argv, flag):
 
 def shown(module, *argv):
     """The values that --help shows -> {flag: text}."""
-    text = " ".join(call(module, *argv, "--help").stdout.split())
+    with mock.patch.dict(os.environ, COLUMNS="1000"):  # no value is broken over two lines
+        text = " ".join(call(module, *argv, "--help").stdout.split())
     return dict(re.findall(r" --([a-z-]+)(?:(?! --[a-z]).)*?\(default: ([^)]*)\)", text))
 
 
