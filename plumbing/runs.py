@@ -139,8 +139,7 @@ def restore(path, model, optimizer, resize=None):
     order = [p for group in optimizer.adamw.param_groups for p in group["params"]]  # how the optimizer numbers them
     for name in ("time", "row", "column") if resize else ():
         key, table = f"backbone.{name}", getattr(model.backbone, name)  # (size, d)
-        before = len(weights.get(key, table))
-        if before == len(table):
+        if (before := len(weights.get(key, table))) == len(table):
             continue
         weights[key] = resize(weights[key], len(table))
         number = next(i for i, p in enumerate(order) if p is table)
@@ -148,6 +147,8 @@ def restore(path, model, optimizer, resize=None):
                            for kind, value in moments.get(number, {}).items()}
         say(f"interpolated the {name} positions and their optimizer moments from {before} to {len(table)}")
     load_weights(model, weights, path)
+    if any(moments[i]["exp_avg"].shape != p.shape for i, p in enumerate(order) if i in moments):
+        raise UserError(f"{path} does not fit this model: its optimizer's moments are those of other tensors")
     optimizer.load_state_dict(checkpoint)
     return checkpoint["step"]
 

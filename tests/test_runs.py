@@ -62,6 +62,20 @@ def test_moments_are_numbered_as_checkpoints_of_earlier_versions_number_them():
         "a.weight", "b.weight", "a.bias", "batch.weight", "batch.bias", "norm.weight", "norm.bias", "b.bias"]
 
 
+def test_moments_of_other_tensors_are_refused(tmp_path):
+    """Fused AdamW would read beyond their end."""
+    model = Model()
+    optimizer = runs.Optimizer(model, Settings(), 10, (0.9, 0.98))
+    one_step(model, optimizer)
+    state = optimizer.state_dict()
+    moments = state["optimizer"]["state"]
+    matrix, vector = (next(i for i, m in moments.items() if m["exp_avg"].dim() == n) for n in (2, 1))
+    moments[matrix], moments[vector] = moments[vector], moments[matrix]
+    runs.save_checkpoint(tmp_path / "last.pt", {"model": model.state_dict(), **state, "step": 1})
+    with pytest.raises(UserError, match="last.pt does not fit"):
+        runs.restore(tmp_path / "last.pt", model, optimizer)
+
+
 def test_a_step_follows_the_schedule_and_the_gradient_is_clipped_and_cleared():
     model = Model()
     optimizer = runs.Optimizer(model, Settings(weight_decay=0.0, warmup=0.0, clip=0.5), 4, (0.9, 0.98))
