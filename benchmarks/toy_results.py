@@ -108,7 +108,8 @@ def run(jobs):
     git = subprocess.check_output(["git", "describe", "--always", "--dirty"], cwd=ROOT, text=True)
     origin = {"commit": git.strip(), "torch": torch.__version__, "numpy": np.__version__,
               "python": sys.version.split()[0]}
-    missing = {name: job for name, job in jobs.items() if name not in read()}
+    missing = {name: job for name, job in jobs.items() if name not in read() or (
+        job[0] is pretrain and not Path(f"runs/seed-{job[1][0]}/last.pt").is_file())}  # fine-tuning needs it
     with concurrent.futures.ThreadPoolExecutor(os.cpu_count()) as pool:
         waiting = {pool.submit(function, *arguments): name for name, (function, arguments) in missing.items()}
         for done in progress(concurrent.futures.as_completed(waiting), "runs", len(waiting), " runs"):
@@ -165,6 +166,7 @@ def main():
     parser.add_argument("--one-frame", nargs=2, metavar=("LABELS", "SEED"), help="this run alone, of a single frame")
     if asked := parser.parse_args().one_frame:
         return print(single_frame(asked[0], int(asked[1])))
+    script("pretrain.py", "--steps", 1, "--knn-every", 1, "--out", "runs/toy-results/made")  # the world, once for all
     pretraining = {seed: {f"pre-training, seed {seed}": (pretrain, (seed,))} for seed in SEEDS}
     frames = {f"{labels}, one frame, seed {seed}": (one_frame, (labels, seed)) for labels in TASKS for seed in SEEDS}
     pretrained = {seed: {name: job for few in (*FEW, 0) for name, job in jobs("pre-trained", few, [seed]).items()}
