@@ -70,7 +70,7 @@ class Config(runs.RunSettings):
             raise UserError(f"--split {self.split}: UCF101 and HMDB51 have 1, 2 and 3")
         if self.fps <= 0:
             raise UserError(f"--fps must be positive, not {self.fps}")
-        if self.lr is None and self.dataset == "toy":  # the best on its validation split, also from scratch
+        if self.lr is None and self.dataset == "toy":  # the best on its validation split, pre-trained
             self.lr = 1e-3
         self.data = self.data or f"tokens/{self.dataset}"
         name = self.labels if self.dataset == "toy" else f"{self.dataset}{self.split or ''}"
