@@ -4,6 +4,7 @@
     python finetune.py --labels appearance                 the toy's other task
     python finetune.py --from-scratch                      the same sizes, random weights, for comparison
     python finetune.py --checkpoint classifier.pt --dataset ucf101 --split 1 --data tokens/ucf101
+    python finetune.py --checkpoint classifier.pt --dataset ucf101-results --data tokens/ucf101-256
 
 --data is a folder of token stores, made by vqvae.py tokenize: train, test and, where choices are to be made, val; of
 UCF101 and HMDB51 train1 and test1 to train3 and test3.
@@ -12,6 +13,7 @@ Shapes: n videos in this process's batch, T frames, H x W tokens a frame, d hidd
 """
 import sys
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -22,8 +24,9 @@ from torch.utils.data import DataLoader
 import data
 from plumbing import processes, runs
 from plumbing.cli import UserError, option, parse, progress, run
+from plumbing.fitting import fit, memory_explained, slices
 from plumbing.pictures import draw_confusion, draw_curves
-from plumbing.processes import move, rank_and_world, seed_all
+from plumbing.processes import move, rank_and_world, say, seed_all
 from plumbing.tokens import PAD
 from transformer import VideoTransformer, load_backbone
 
@@ -31,11 +34,13 @@ PAPER = dict(data="", lr=None, batch=128, warmup=0.1, weight_decay=0.01, labels=
 DATASETS = {  # Table 4, and the released frame rates; scratch_epochs: how many times the epochs without pre-training
     "toy": {},  # the defaults below
     "own": dict(PAPER, epochs=50.0, fps=2.0, scratch_epochs=4.0),  # any other: as for the small ones
-    "ucf101": dict(PAPER, epochs=50.0, fps=2.0, scratch_epochs=4.0, split=1),
-    "hmdb51": dict(PAPER, epochs=50.0, fps=4.0, scratch_epochs=4.0, split=1),
-    "diving48": dict(PAPER, epochs=50.0, fps=4.0, scratch_epochs=4.0),
-    "ssv2": dict(PAPER, epochs=22.0, fps=4.0, scratch_epochs=1.5),
-    "kinetics400": dict(PAPER, epochs=30.0, fps=2.0, scratch_epochs=1.5)}
+    "ucf101": dict(PAPER, epochs=50.0, fps=2.0, scratch_epochs=4.0, split=1, clips=2),  # the analyses: at S = 128
+    "hmdb51": dict(PAPER, epochs=50.0, fps=4.0, scratch_epochs=4.0, split=1, clips=2),
+    "diving48": dict(PAPER, epochs=50.0, fps=4.0, scratch_epochs=4.0, clips=2),
+    "ssv2": dict(PAPER, epochs=22.0, fps=4.0, scratch_epochs=1.5, clips=2),
+    "kinetics400": dict(PAPER, epochs=30.0, fps=2.0, scratch_epochs=1.5, clips=2)}
+DATASETS |= {f"{name}-results": dict(DATASETS[name], frames=10, fps=4.0, clips=10)  # Table 1: large, at S = 256
+             for name in ("ucf101", "hmdb51", "diving48", "ssv2", "kinetics400")}
 BETAS = (0.9, 0.999)  # of Adam, Table 4
 
 
@@ -52,6 +57,8 @@ class Config(runs.RunSettings):
     eval_only: bool = option(False, "test the checkpoint's own classifier, without training")
     eval_split: str = option("test", "which store to measure on: val to choose, test to report")
     # the clips
+    frames: int = option(0, "frames of a clip, T (0: as many as the checkpoint's; else its positions are interpolated)",
+                         least=0)
     fps: float = option(2.67, "frames a second of a clip, taken from those stored")
     clips: int = option(10, "evenly spaced clips a video at test", least=1)
     # training (Table 4)
@@ -138,35 +145,53 @@ def evaluate(model, store, config, device, precision):
     return processes.sum_over_all(result)
 
 
-def update(model, config, clips, truth, padded, optimizer, precision, step):
-    """One optimizer step on clips int64 (n, T, H, W) and their classes (n,) -> loss and accuracy, the learning rate."""
+def update(model, config, clips, truth, pad, optimizer, precision, step):
+    """One optimizer step on clips int64 (n, T, H, W) and their classes (n,), a micro-batch after the other -> loss and
+    accuracy, the learning rate. pad: the id of PAD."""
     seed_all(config.seed, step, rank_and_world()[0])
-    device = next(model.parameters()).device
-    with processes.autocast(device, precision):
-        logits = model(move(clips, device), padded).float()  # (n, C)
-    truth = move(truth, device)
-    loss = F.cross_entropy(logits, truth)
-    optimizer.backward(loss)
-    accuracy = (logits.argmax(dim=-1) == truth).float().mean()
-    return {"loss": loss.detach(), "train_accuracy": accuracy}, optimizer.step(step)
+    device, found = next(model.parameters()).device, []
+    for part in slices(0, len(clips), config.micro_batch):
+        with processes.exchanging(model, part.stop == len(clips)):
+            with processes.autocast(device, precision):
+                logits = model(move(clips[part], device), bool((clips[part] == pad).any())).float()  # (n, C)
+            classes = move(truth[part], device)
+            loss = F.cross_entropy(logits, classes, reduction="sum") / len(clips)
+            optimizer.backward(loss)
+        found.append((loss.detach(), (logits.argmax(dim=-1) == classes).sum() / len(clips)))
+    loss, accuracy = (sum(values) for values in zip(*found))
+    return {"loss": loss, "train_accuracy": accuracy}, optimizer.step(step)
+
+
+def try_out(model, precision, videos):
+    """Forward and backward with so many clips at a time, as if some were PAD: what takes most."""
+    shape, device = model.backbone.config, model.backbone.cls.device
+    clips = torch.zeros(videos, shape.frames, shape.height, shape.width, dtype=torch.long, device=device)
+    with torch.compiler.set_stance("force_eager"), processes.autocast(device, precision):
+        logits = model(clips, True)
+    (0 * logits.sum()).backward()
+    model.zero_grad(set_to_none=True)
 
 
 def train(config, model, store, labels, device):
     """The whole of fine-tuning, from config.out/last.pt on where --resume asks for it."""
+    (rank, world), precision = rank_and_world(), processes.pick_precision(config.precision, device)
     videos = data.few_labels(store.labels(labels), config.few, config.seed)
     epochs = config.epochs * (config.scratch_epochs if config.from_scratch else 1)
-    training = runs.Run(config, model, len(videos), epochs, BETAS, device)
-    frames, stride = model.backbone.config.frames, data.stride_for(store, config.fps)
-    samples = data.RandomClips(store, labels, frames, stride, config.seed)
-    batches = data.Batches(videos, config.batch, training.steps, training.first, config.seed, *rank_and_world())
-    loader = iter(DataLoader(samples, batch_sampler=batches, num_workers=config.workers))
     model.train()
+    memory = fit(config, model, config.batch // world, device, partial(try_out, model, precision))
+    shape = model.backbone.config
+    say(f"{len(videos)} videos, {shape.frames} x {shape.height} x {shape.width} tokens a clip, on {world} x "
+        f"{processes.device_name(device)}: {config.micro_batch} clips at a time{memory}")
+    training = runs.Run(config, model, len(videos), epochs, BETAS, device)
+    samples = data.RandomClips(store, labels, shape.frames, data.stride_for(store, config.fps), config.seed)
+    batches = data.Batches(videos, config.batch, training.steps, training.first, config.seed, rank, world)
+    loader = iter(DataLoader(samples, batch_sampler=batches, num_workers=config.workers))
+    pad = store.header["vocab_size"] + PAD
     for step in training.each_step("fine-tuning"):
         clips, truth = next(loader)  # (n, T, H, W), (n,)
-        padded = bool((clips == store.header["vocab_size"] + PAD).any())
-        measures, lr = update(training.wrapped, config, clips, truth, padded, training.optimizer, training.precision,
-                              step)
-        training.record(step, measures, lr, "loss {loss:.3f} accuracy {train_accuracy:.1%}")
+        with memory_explained(config):
+            found, lr = update(training.wrapped, config, clips, truth, pad, training.optimizer, precision, step)
+        training.record(step, found, lr, "loss {loss:.3f} accuracy {train_accuracy:.1%}")
 
 
 def prepare(config, device):
@@ -177,9 +202,10 @@ def prepare(config, device):
     labels, classes, names = pick_labels(stores, config.labels)
     seed_all(config.seed)
     store, backbone = stores[config.eval_split], load_backbone(config.checkpoint, dropout=config.dropout)
-    backbone.resize(backbone.config.frames, store.height, store.width)
+    backbone.resize(config.frames or backbone.config.frames, store.height, store.width)
     if config.from_scratch:
         backbone = VideoTransformer(backbone.config)
+    backbone.recompute = config.recompute
     for store in stores.values():
         if store.header["vocab_size"] != backbone.config.vocab_size:
             raise UserError(f"{store.path} holds {store.header['vocab_size']} codes, "

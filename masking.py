@@ -1,19 +1,20 @@
-"""Which tokens are hidden: block masking (Eq. 3) and i.i.d. masking (Eq. 2).
+"""Which tokens are hidden, and their prediction (Eq. 1): block masking (Eq. 3) and i.i.d. masking (Eq. 2).
 
 A video's neighbouring tokens look alike, so a token hidden alone can be copied from beside it. VIMPAC hides
 whole spatio-temporal cuboids, whose insides can only be predicted.
 
     python masking.py        the paper's Table 2 beside the closed form and beside a sample
 
-Shapes: B clips, T frames, H x W tokens a frame, N cuboids a clip, n videos, C clips of each.
+Shapes: B clips, T frames, H x W tokens a frame, N cuboids a clip, n videos, C clips of each, M hidden tokens.
 """
 from functools import cache
 from typing import NamedTuple
 
 import torch
+import torch.nn.functional as F
 
 from plumbing.cli import UserError
-from plumbing.processes import share
+from plumbing.processes import move, rank_and_world, share, sum_over_all
 from plumbing.tokens import MASK, PAD
 
 LEFT = -1  # a hidden token that stays as it is, though it is to be predicted
@@ -134,7 +135,14 @@ class Batch(NamedTuple):
     tokens: torch.Tensor  # int64 (B, T, H, W), as they are
     inputs: torch.Tensor  # int64 (B, T, H, W), with what is hidden replaced
     mask: torch.Tensor  # bool (B, T, H, W), True = to be predicted; never PAD
-    padded: bool  # whether any token is PAD
+    padded: torch.Tensor  # bool (B,), True = the clip holds PAD
+
+    def has_pad(self):
+        return bool(self.padded.any())
+
+    def part(self, videos, per_video=2):
+        """Some of the n videos, a slice -> Batch."""
+        return Batch(*(x.unflatten(0, (per_video, -1))[:, videos].flatten(0, 1) for x in self))
 
 
 def prepare(clips, vocab_size, kind="block", ratio=0.15, blocks=0, noise=False, generator=None, rank=0, world=1):
@@ -162,7 +170,29 @@ def prepare(clips, vocab_size, kind="block", ratio=0.15, blocks=0, noise=False, 
     mask = own(mask) & ~pad
     inputs = replace(tokens, mask, own(noisy_codes(draw, vocab_size, generator))) if noise else \
         hide(tokens, mask, vocab_size)
-    return Batch(tokens, inputs, mask, bool(pad.any()))
+    return Batch(tokens, inputs, mask, pad.flatten(1).any(dim=1))
+
+
+# ---------------------------------------------------------------- their prediction
+
+
+def token_weight(batch, device):
+    """The weight of a hidden token's loss, so that the weighted sums of all processes have the mean over all their
+    hidden tokens as their own mean, which is what DistributedDataParallel takes -> scalar on the device."""
+    total = sum_over_all(torch.full((), float(batch.mask.sum()), device=device))
+    return rank_and_world()[1] / total.clamp(min=1)
+
+
+def mask_loss(model, part, weight):
+    """Eq. 1 on some clips of a batch -> their share of L_mask, their share of the accuracy, CLS (B, d).
+
+    model: (inputs, places, whether any is PAD) -> logits (M, V + 5) at these places, CLS (B, d). part: Batch.
+    """
+    hidden = part.mask.flatten().nonzero().squeeze(1)  # (M,)
+    codes = move(part.tokens.flatten()[hidden], weight.device)  # (M,)
+    logits, cls = model(move(part.inputs, weight.device), move(hidden, weight.device), part.has_pad())
+    loss = weight * F.cross_entropy(logits.float(), codes, reduction="sum")
+    return loss, weight * (logits.argmax(dim=-1) == codes).sum(), cls
 
 
 PAPER_TABLE_2 = {  # (T, S): expected ratio in percent for 4, 5, 6, 7 and 8 cuboids, and the number in bold

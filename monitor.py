@@ -14,31 +14,29 @@ import data
 import masking
 from plumbing.cli import UserError
 from plumbing.decoding import read_frames
-from plumbing.pictures import chequered, draw_curves, enlarged
-from plumbing.processes import autocast, one_seed, rank_and_world, sum_over_all
+from plumbing.pictures import chequered, draw_curves, enlarged, save_fill_in
+from plumbing.processes import one_seed, rank_and_world, sum_over_all
 from plumbing.runs import read_metrics
 from plumbing.tokens import PAD
 
 # ---------------------------------------------------------------- the two tasks, on videos held out
 
 
-@torch.no_grad()
 def evaluate(losses, model, config, store, videos, precision):
     """`pretrain.losses` on held-out videos, without dropout, on the same clips and masks each time -> {metric: float}.
 
     Called by all processes. Where there are fewer videos than processes, the result is empty.
     """
     rank, world = rank_and_world()
-    n = min(config.batch // config.accumulate, len(videos)) // world * world  # told apart at a time
-    if n == 0:
+    group = min(config.contrast, len(videos)) // world * world
+    if group == 0:
         return {}
-    pairs, groups, total = config.pairs(store), len(videos) // n, 0
+    pairs, groups, total = config.pairs(store), len(videos) // group, 0
     generator = torch.Generator().manual_seed(one_seed(config.seed))
     model.eval()
-    for items in data.Batches(videos, n, groups, seed=config.seed, rank=rank, world=world):
-        clips = torch.from_numpy(np.stack([pairs[item] for item in items]))  # (n / world, 2, T, H, W)
-        with autocast(model.backbone.cls.device, precision):
-            measures = losses(model, config, clips, store.header["vocab_size"], generator)[1]
+    for items in data.Batches(videos, group, groups, seed=config.seed, rank=rank, world=world):
+        clips = torch.from_numpy(np.stack([pairs[item] for item in items]))  # (group / world, 2, T, H, W)
+        measures = losses(model, config, clips, store.header["vocab_size"], generator, precision)
         total = total + torch.stack(list(measures.values()))
     means = (sum_over_all(total) / groups / world).tolist()
     return {f"held_out_{name}": mean for name, mean in zip(measures, means)}
@@ -85,22 +83,29 @@ def knn_accuracy(features, labels, queries, truth, k, temperature=0.07):
     return (votes.argmax(dim=1) == truth).float().mean().item()
 
 
-def report(out, held_out):
-    """curves.png of a run, and its last measurements as lines. held_out: how many videos were kept out of training."""
-    records = read_metrics(out)
+def report(config, model, store, tokenizer=None):
+    """The pictures and the last lines of a run of pretrain.py: curves.png, its last measurements and, with a tokenizer,
+    what the model fills in. config: pretrain.Config. store: what it was trained on."""
+    records, held_out = read_metrics(config.out), data.hold_out(len(store), config.held_out)[1]
     names = sorted({key for record in records for key in record if key.startswith("knn_")})
-    draw_curves(out, {
+    draw_curves(config.out, {
         "masked-token accuracy": {"training": "mask_accuracy", "held out": "held_out_mask_accuracy"},
         "contrastive loss (with gamma)": {"training": "contrastive_loss", "held out": "held_out_contrastive_loss"},
         "kNN accuracy": {name.removeprefix("knn_"): name for name in names}})
-    prefix = "held_out_" * (held_out > 0 and any("held_out_mask_accuracy" in record for record in records))
+    prefix = "held_out_" * (len(held_out) > 0 and any("held_out_mask_accuracy" in record for record in records))
     for m in [record for record in records if f"{prefix}mask_accuracy" in record][-1:]:
         accuracy, contrast = 100 * m[f"{prefix}mask_accuracy"], m[f"{prefix}contrastive_loss"]
-        where = f"{held_out} held-out" if prefix else "training"
+        where = f"{len(held_out)} held-out" if prefix else "training"
         print(f"mask accuracy {accuracy:.1f}%  contrastive loss {contrast:.3f}  ({where} videos)")
     for name in names:
         values = [record[name] for record in records if name in record]
         print(f"kNN on {name.removeprefix('knn_')}: {100 * values[-1]:.1f}% (untrained: {100 * values[0]:.1f}%)")
+    if tokenizer:
+        shown = held_out if len(held_out) else np.arange(len(store))
+        with torch.compiler.set_stance("force_eager"):
+            save_fill_in(fill_in(model, tokenizer, store, shown[data.spread(6, len(shown))], config.clip_fps(store),
+                                 torch.Generator().manual_seed(config.seed), **config.masks()), config.out)
+    print(f"{config.out}: last.pt, metrics.jsonl, curves.png{', fill_in.png, fill_in.gif' if tokenizer else ''}")
 
 
 # ---------------------------------------------------------------- Figure 5

@@ -9,14 +9,12 @@ A run lives in runs/NAME: config.json, last.pt, metrics.jsonl, curves.png, fill_
 
 Shapes: n videos in this process's batch, B = 2n clips, T frames, H x W tokens a frame, d hidden size, M masked tokens.
 """
-import contextlib
 import sys
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
+from functools import partial
 from pathlib import Path
 
-import numpy as np
 import torch
-import torch.nn.functional as F
 from torch import nn
 from torch.utils.data import DataLoader
 
@@ -25,23 +23,24 @@ import masking
 import monitor
 import toy
 import vqvae
-from contrastive import ProjectionHead, info_nce
+from contrastive import ProjectionHead, cached_gradients, contrast, join, linear
 from plumbing import processes, released, runs
 from plumbing.cli import UserError, option, parse, run
-from plumbing.pictures import save_fill_in
-from plumbing.processes import move, rank_and_world, say, seed_all, wait_for_all
+from plumbing.fitting import fit, memory_explained, plan, share_out, slices
+from plumbing.processes import rank_and_world, say, seed_all, wait_for_all
 from plumbing.store import check_header
 from plumbing.tokenizing import fingerprint
 from transformer import TokenHead, TransformerConfig, VideoTransformer, init_weights, resize_table
 
 PRESETS = {
     "toy": dict(layers=3, dim=64, heads=4, head_dim=16, mlp_dim=256, frame_size=64, fps=8.0, codes=256, dropout=0.0,
-                min_stride=2, max_stride=4, projection_hidden=128, projection_layers=2, batch=32, lr=4e-3, steps=800,
-                tokenizer_steps=600, log_every=25, knn=20, workers=0),
+                min_stride=2, max_stride=4, projection_hidden=128, projection_layers=2, batch=32, contrast=0, lr=4e-3,
+                steps=800, tokenizer_steps=600, log_every=25, knn=20, workers=0),
     "small": {},  # the defaults below: Table 3 and the second column of Table 4
     "base": dict(layers=12, dim=768, heads=12, mlp_dim=3072),
-    "large": dict(layers=24, dim=1024, heads=16, head_dim=32, projection_hidden=4096, projection_layers=3, epochs=90,
-                  lr=3e-4, warmup=0.05)}
+    "large": dict(layers=24, dim=1024, heads=16, head_dim=32, projection_hidden=4096, projection_layers=3, epochs=100.0,
+                  stop_after=90.0, lr=3e-4, warmup=0.05, contrast=256)}
+PRESETS["large256"] = dict(PRESETS["large"], frame_size=256, stop_after=0.0, contrast=128)  # large's second stage
 BETAS = (0.9, 0.98)  # of Adam, Table 4
 
 
@@ -53,7 +52,8 @@ class Config(runs.RunSettings):
     data: str = option("", "token store to pre-train on, made by vqvae.py tokenize")
     tokenizer: str = option("", "tokenizer of the videos or of the store (default: train one on the videos)")
     monitor: str = option("", "folder with labelled token stores train and val or test, for the kNN accuracy")
-    init: str = option("", "checkpoint of another run to start from; another clip size is interpolated to this one's")
+    init: str = option("", "checkpoint, ours or a released one, whose weights a new schedule starts from")
+    resume_from: str = option("", "checkpoint of another run whose schedule to go on with, at this clip size")
     # the model
     layers: int = option(6, "transformer layers")
     dim: int = option(512, "hidden size")
@@ -82,9 +82,10 @@ class Config(runs.RunSettings):
     alpha: float = option(1.0, "weight of the contrastive loss")
     gamma: float = option(0.2, "temperature of the contrastive loss")
     # training
-    epochs: float = option(10.0, "passes over the videos")
-    batch: int = option(1024, "videos a step, over all processes and accumulated micro-batches", least=1)
-    accumulate: int = option(1, "micro-batches a step; each has its own negatives", least=1)
+    epochs: float = option(10.0, "passes over the videos, of which the learning rate's schedule is made")
+    stop_after: float = option(0.0, "epochs after which to stop, though the schedule goes on (0: at its end)", least=0)
+    batch: int = option(1024, "videos a step, over all processes", least=1)
+    contrast: int = option(128, "videos told apart from each other, n of Eq. 4 (0: the whole batch)", least=0)
     lr: float = option(1e-3, "peak learning rate")
     weight_decay: float = option(0.05, "weight decay")
     workers: int = option(4, "processes that load clips (0: the training process itself)")
@@ -98,10 +99,13 @@ class Config(runs.RunSettings):
                             f"both at least 1, the smaller first")
         if not 0 < self.mask_ratio < 1:
             raise UserError(f"--mask-ratio {self.mask_ratio}: it lies between 0 and 1")
-        if self.init and Path(self.init).resolve() == (Path(self.out) / "last.pt").resolve():
-            raise UserError(f"--init {self.init}: give the new run a folder of its own with --out")
-        if self.init and not Path(self.init).is_file():
-            raise UserError(f"--init {self.init}: there is no such file")
+        if self.init and self.resume_from:
+            raise UserError("--init and --resume-from: give one of them")
+        for flag, path in (("--init", self.init), ("--resume-from", self.resume_from)):
+            if path and not Path(path).is_file():
+                raise UserError(f"{flag} {path}: there is no such file")
+            if path and Path(path).resolve() == (Path(self.out) / "last.pt").resolve():
+                raise UserError(f"{flag} {path}: give the new run a folder of its own with --out")
         if self.videos and self.data:
             raise UserError("--videos and --data: give one of them")
         self.transformer(vocab_size=1, height=1, width=1)
@@ -113,6 +117,10 @@ class Config(runs.RunSettings):
     def masks(self):
         """What to hide, for masking.prepare."""
         return dict(kind=self.mask, ratio=self.mask_ratio, blocks=self.blocks, noise=self.noise)
+
+    def group(self, world):
+        """How many videos of a group, told apart from each other, a process has."""
+        return self.contrast // world if self.alpha else 1
 
     def pairs(self, store):
         return data.ClipPairs(store, self.frames, (self.min_stride, self.max_stride), self.d_max, self.seed)
@@ -137,11 +145,10 @@ class Vimpac(nn.Module):
     def forward(self, inputs, hidden, padded=None):
         """inputs: int64 (B, T, H, W), already masked. hidden: int64 (M,), which of their B*T*H*W places to predict.
 
-        -> logits (M, V + 5) of these places alone, in their order, and projections (B, 256).
+        -> logits (M, V + 5) of these places alone, in their order, and CLS (B, d), for `contrast` to project.
         """
         cls, features = self.backbone(inputs, padded)  # (B, d), (B, T, H, W, d)
-        logits = self.token_head(features.flatten(0, 3)[hidden], self.backbone.embedding.weight)  # (M, V + 5)
-        return logits, self.projection_head(cls)
+        return self.token_head(features.flatten(0, 3)[hidden], self.backbone.embedding.weight), cls
 
     @classmethod
     def from_released(cls, path):
@@ -161,27 +168,60 @@ class Vimpac(nn.Module):
         return model
 
 
-def losses(model, config, clips, vocab_size, generator=None):
-    """Eq. 6 on this process's pairs of clips, int64 (n, 2, T, H, W), on the CPU -> loss, measures, {name: scalar}.
+def measures(config, mask, accuracy, contrasted):
+    """Eq. 6 and its parts -> {name: scalar}. contrastive_loss is gamma * L_cl, as in the paper's tables."""
+    return {"loss": mask + config.alpha * contrasted, "mask_loss": mask, "mask_accuracy": accuracy,
+            "contrastive_loss": contrasted}
 
-    L_mask is the mean over the masked tokens of all processes: each gives its weighted sum, of which the mean over the
-    processes, which DistributedDataParallel takes, is that mean. contrastive_loss is gamma * L_cl, as in the paper's
-    tables. generator: for the masks, the same in all processes.
-    """
-    device, (rank, world) = next(model.parameters()).device, rank_and_world()
+
+@torch.no_grad()
+def losses(model, config, clips, vocab_size, generator, precision):
+    """Eq. 6 on one group of config.contrast videos, of which these are this process's -> `measures`."""
+    device, head, (rank, world), found = model.backbone.cls.device, model.projection_head, rank_and_world(), []
     batch = masking.prepare(clips, vocab_size, generator=generator, rank=rank, world=world, **config.masks())
-    hidden = batch.mask.flatten().nonzero().squeeze(1)  # (M,)
-    codes = move(batch.tokens.flatten()[hidden], device)  # (M,)
-    weight = world / processes.sum_over_all(torch.full((), float(len(codes)), device=device)).clamp(min=1)
-    logits, projections = model(move(batch.inputs, device), move(hidden, device), batch.padded)  # (M, V + 5), (B, 256)
+    weight = masking.token_weight(batch, device)
+    with processes.autocast(device, precision):
+        for videos in slices(0, len(clips), config.micro_batch):
+            found.append(masking.mask_loss(model, batch.part(videos), weight))
+        mask, accuracy, cls = zip(*found)
+        contrasted = contrast(head, join(cls), len(clips), config.gamma) if config.alpha else 0 * weight
+    return measures(config, sum(mask), sum(accuracy), contrasted)
 
-    mask_loss = weight * F.cross_entropy(logits.float(), codes, reduction="sum")  # Eq. 1
-    accuracy = weight * (logits.argmax(dim=-1) == codes).sum()
-    first, second = projections.chunk(2)  # (n, 256) each
-    contrast = config.gamma * info_nce(first, second, config.gamma) if config.alpha else torch.zeros_like(mask_loss)
-    loss = mask_loss + config.alpha * contrast  # Eq. 6, with Eq. 4 and 5 in info_nce
-    return loss, {"loss": loss.detach(), "mask_loss": mask_loss.detach(), "mask_accuracy": accuracy,
-                  "contrastive_loss": contrast.detach()}
+
+def update(model, config, clips, vocab_size, optimizer, precision, step):
+    """One optimizer step on this process's share of a batch, int64 (n, 2, T, H, W) -> `measures`, the learning rate.
+
+    The batch is made of groups of config.contrast videos, told apart from each other (n of Eq. 4). A process takes
+    config.micro_batch of its videos at a time: whole groups, where one fits, each pass then being Eq. 6 itself; else
+    parts of a group, with `cached_gradients`. How the work is split changes nothing but the numbers that dropout draws.
+    """
+    own, (rank, world) = getattr(model, "module", model), rank_and_world()  # own: without DistributedDataParallel
+    device, head, found = own.backbone.cls.device, own.projection_head, []
+    cast = partial(processes.autocast, device, precision)
+    generator = torch.Generator().manual_seed(processes.one_seed(config.seed, step))
+    batch = masking.prepare(clips, vocab_size, generator=generator, rank=rank, world=world, **config.masks())
+    weight = masking.token_weight(batch, device)
+    group = config.group(world)
+    share = group / len(clips)  # of a group in the mean over the groups
+    for places in plan(len(clips), group, config.micro_batch):
+        parts = [batch.part(videos) for videos in places]
+        seeds = [partial(seed_all, config.seed, step, rank, videos.start) for videos in places]
+        cached = len(parts) > 1 and cached_gradients(own.backbone, head, parts, config.gamma, optimizer.gradients,
+                                                     seeds, cast)
+        for i, (videos, part, seed) in enumerate(zip(places, parts, seeds)):
+            seed()  # dropout
+            with processes.exchanging(model, videos.stop == len(clips)):
+                with cast():
+                    mask, accuracy, cls = masking.mask_loss(model, part, weight)
+                    if not config.alpha:
+                        loss = contrasted = 0 * weight
+                    elif cached:
+                        contrasted, loss = cached[0], linear([cls, *head.parameters()], cached[1][i])
+                    else:
+                        loss = contrasted = contrast(head, cls, group, config.gamma)
+                optimizer.backward(mask + config.alpha * share * loss)
+            found.append((mask.detach(), accuracy, share * contrasted.detach()))
+    return measures(config, *(sum(values) for values in zip(*found))), optimizer.step(step)
 
 
 # ---------------------------------------------------------------- what is made when missing
@@ -221,50 +261,67 @@ def prepare(config, device):
 # ---------------------------------------------------------------- training
 
 
-def update(model, config, micro_batches, vocab_size, optimizer, precision, step):
-    """One optimizer step on a list of micro-batches, clips int64 (n, 2, T, H, W) each -> the means of what `losses`
-    measures, the learning rate. All randomness is a function of the seed, the step and, dropout's, the process."""
-    seed_all(config.seed, step, rank_and_world()[0])  # dropout
-    generator = torch.Generator().manual_seed(processes.one_seed(config.seed, step))  # masks
-    device, found = next(model.parameters()).device, []
-    for i, clips in enumerate(micro_batches):
-        last = i == len(micro_batches) - 1  # gradients are exchanged once a step
-        with contextlib.nullcontext() if last or rank_and_world()[1] == 1 else model.no_sync():
-            with processes.autocast(device, precision):
-                loss, measures = losses(model, config, clips, vocab_size, generator)
-            optimizer.backward(loss / len(micro_batches))
-        found.append(measures)
-    return {name: sum(m[name] for m in found) / len(found) for name in found[0]}, optimizer.step(step)
+def initialise(model, path):
+    """Loads the weights of another run's checkpoint, or of a released one; its clip size is interpolated to ours."""
+    checkpoint = runs.read_checkpoint(path)
+    if "transformer" in checkpoint:
+        before, weights = checkpoint["transformer"], checkpoint["model"]
+    else:
+        other = Vimpac.from_released(path)
+        before, weights = asdict(other.backbone.config), other.state_dict()
+    runs.check_shape(path, before, model)
+    runs.resize_tables(model, weights, resize_table)
+    runs.load_weights(model, weights, path)
+    say(f"starting from {path}")
+
+
+def try_out(model, config, precision, videos):
+    """Forward and backward with so many videos at a time, with twice the usual masks and with PAD: what takes most."""
+    shape, device = model.backbone.config, model.backbone.cls.device
+    tokens = torch.zeros(2 * videos, shape.frames, shape.height, shape.width, dtype=torch.long)
+    part = masking.Batch(tokens, tokens, torch.rand(tokens.shape) < 2 * config.mask_ratio, torch.ones(len(tokens)) > 0)
+    with torch.compiler.set_stance("force_eager"), processes.autocast(device, precision):
+        loss, _, cls = masking.mask_loss(model, part, torch.ones((), device=device))
+    (loss + 0 * cls.sum()).backward()
+    model.zero_grad(set_to_none=True)
 
 
 def train(config, model, store, device, monitor_folder):
     """The whole of pre-training, from config.out/last.pt on where --resume asks for it."""
     videos, held_out = data.hold_out(len(store), config.held_out)
+    rank, world = rank_and_world()
     if not config.alpha:
         model.projection_head.requires_grad_(False)
-    training = runs.Run(config, model, len(videos), config.epochs, BETAS, device, config.init, resize_table)
-    per_step = config.accumulate
-    batches = data.Batches(videos, config.batch // per_step, training.steps * per_step, training.first * per_step,
-                           config.seed, *rank_and_world())
+    model.backbone.recompute = config.recompute
+    model.train()
+    precision = processes.pick_precision(config.precision, device)
+    memory = fit(config, model, config.batch // world, device, partial(try_out, model, config, precision))
+    parts = plan(config.batch // world, config.group(world), config.micro_batch)
+    passes = "one pass" if len(parts[0]) == 1 else "two passes"
+    say(f"{config.preset} on {world} x {processes.device_name(device)}: {config.micro_batch} videos at a time, "
+        f"{sum(map(len, parts))} to a step, groups of {config.contrast} in {passes}{memory}")
+    training = runs.Run(config, model, len(videos), config.epochs, BETAS, device, config.stop_after,
+                        resize=resize_table, resume_from=config.resume_from,
+                        init=config.init and partial(initialise, model, config.init))
+    batches = data.Batches(videos, config.batch, training.end, training.first, config.seed, rank, world)
     loader = iter(DataLoader(config.pairs(store), batch_sampler=batches, num_workers=config.workers))
 
     def watch(step):
         with torch.compiler.set_stance("force_eager"):  # not worth a compilation for each of its shapes
             found = monitor.evaluate(losses, model, config, store, held_out, training.precision)
-            if monitor_folder and training.rank == 0:
+            if monitor_folder and rank == 0:
                 found |= monitor.knn_accuracies(model.backbone, monitor_folder, config.clip_fps(store), config.knn)
         if found:
             training.write(step=step, **found)
         model.train()
 
-    model.train()
     if training.first == 0:
         watch(0)
     for step in training.each_step("pre-training"):
-        micro_batches = [next(loader) for _ in range(per_step)]
-        measures, lr = update(training.wrapped, config, micro_batches, store.header["vocab_size"],
-                              training.optimizer, training.precision, step)
-        training.record(step, measures, lr, "mask {mask_accuracy:.1%} contrast {contrastive_loss:.3f}")
+        with memory_explained(config):
+            found, lr = update(training.wrapped, config, next(loader), store.header["vocab_size"], training.optimizer,
+                               training.precision, step)
+        training.record(step, found, lr, "mask {mask_accuracy:.1%} contrast {contrastive_loss:.3f}")
         if training.due(step, config.knn_every):
             watch(step + 1)
 
@@ -275,13 +332,8 @@ def main():
     device = processes.pick_device(config.device)
     processes.pick_precision(config.precision, device)  # refused before anything is made
     store, tokenizer_path, monitor_folder = prepare(config, device)
-    parts, videos = rank_and_world()[1] * config.accumulate, len(data.hold_out(len(store), config.held_out)[0])
-    if config.batch > videos >= parts:
-        wanted, config.batch = config.batch, videos // parts * parts
-        say(f"--batch {wanted} is more than the {videos} videos: using {config.batch}")
-    if config.batch % parts or config.batch > videos:
-        raise UserError(f"--batch {config.batch}: it must be a multiple of {parts} (processes x micro-batches) "
-                        f"and at most the {videos} videos")
+    videos = len(data.hold_out(len(store), config.held_out)[0])
+    share_out(config, videos, rank_and_world()[1])
     seed_all(config.seed)
     shape = config.transformer(store.header["vocab_size"], store.height, store.width)
     model = Vimpac(shape, config.projection_hidden, config.projection_layers).to(device)
@@ -291,21 +343,7 @@ def main():
         f"{config.mask} masks{f' of {blocks} cuboids' if config.mask == 'block' else ''}, on {device}")
     train(config, model, store, device, monitor_folder)
     processes.leave_group()
-    finish(config, model, store, tokenizer_path)
-
-
-def finish(config, model, store, tokenizer_path):
-    """The pictures and the last lines of a run."""
-    held_out = data.hold_out(len(store), config.held_out)[1]
-    monitor.report(config.out, len(held_out))
-    if tokenizer_path:
-        tokenizer = vqvae.load_tokenizer(tokenizer_path).to(model.backbone.cls.device)
-        shown = held_out if len(held_out) else np.arange(len(store))
-        with torch.compiler.set_stance("force_eager"):
-            save_fill_in(monitor.fill_in(
-                model, tokenizer, store, shown[data.spread(6, len(shown))], config.clip_fps(store),
-                torch.Generator().manual_seed(config.seed), **config.masks()), config.out)
-    print(f"{config.out}: last.pt, metrics.jsonl, curves.png{', fill_in.png, fill_in.gif' if tokenizer_path else ''}")
+    monitor.report(config, model, store, tokenizer_path and vqvae.load_tokenizer(tokenizer_path).to(device))
 
 
 if __name__ == "__main__":

@@ -17,7 +17,7 @@ from torch import nn
 
 from plumbing import released
 from plumbing.cli import UserError
-from plumbing.kernels import attention, dropout, gelu_linear
+from plumbing.kernels import again_in_backward, attention, dropout, gelu_linear
 from plumbing.runs import load_weights, read_checkpoint
 from plumbing.tokens import PAD, SPECIAL
 
@@ -150,6 +150,7 @@ class VideoTransformer(nn.Module):
         self.column = nn.Parameter(torch.empty(config.width, config.dim))
         self.norm = nn.LayerNorm(config.dim, eps=LN_EPS)  # after the embedding; pre-LayerNorm: at the very end
         self.layers = nn.ModuleList(Layer(config) for _ in range(config.layers))
+        self.recompute = False  # True: keep only each layer's input, compute the rest again in the backward pass
         self.reset_parameters()
 
     def reset_parameters(self):
@@ -190,7 +191,7 @@ class VideoTransformer(nn.Module):
             pad = None
         x = self.embed(tokens)  # (B, N, d)
         for layer in self.layers:
-            x = layer(x, pad, shape)
+            x = again_in_backward(layer, x, pad, shape) if self.recompute else layer(x, pad, shape)
         x = self.norm(x) if self.config.pre_norm else x
         return x[:, 0], x[:, 1:].unflatten(1, shape)
 

@@ -101,7 +101,7 @@ class PlainVimpac(pretrain.Vimpac):
     def forward(self, inputs, hidden, padded=None):
         cls, features = self.backbone(inputs, padded)
         logits = self.token_head(features, self.backbone.embedding.weight).flatten(0, 3)
-        return logits[hidden], self.projection_head(cls)
+        return logits[hidden], cls
 
 
 def change(model, idea):
@@ -158,10 +158,12 @@ def measure(row, steps):
     precision = processes.pick_precision(row["precision"], device)
     frames, size = (int(n) for n in row["clip"].split("x"))
     config = pretrain.Config(**{**pretrain.PRESETS[row["preset"]], "layout": row["layout"], "frames": frames,
-                                "lr": 1e-4, "warmup": 0.0})
+                                "lr": 1e-4, "warmup": 0.0, "contrast": row["contrast"] or row["videos"],
+                                "micro_batch": row["micro_batch"] or row["videos"], "recompute": row["recompute"]})
     shape = config.transformer(row["vocab_size"], size // 8, size // 8)
     processes.seed_all(0)
     model = pretrain.Vimpac(shape, config.projection_hidden, config.projection_layers).to(device)
+    model.backbone.recompute = config.recompute
     for idea in row["changes"]:
         change(model, idea)
     optimizer = runs.Optimizer(model, config, 10**9, (0.9, 0.98), precision)  # so many steps: the rate stays as it is
@@ -174,7 +176,7 @@ def measure(row, steps):
     for step in range(steps + 2):  # the first two warm up
         wait(device)
         start = time.perf_counter()
-        measures, _ = pretrain.update(wrapped, config, [clips], shape.vocab_size, optimizer, precision, step)
+        measures, _ = pretrain.update(wrapped, config, clips, shape.vocab_size, optimizer, precision, step)
         wait(device)
         seconds.append(time.perf_counter() - start)
         mask_losses.append(measures["mask_loss"].item())
@@ -284,6 +286,9 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--presets", nargs="+", default=["small"], choices=list(pretrain.PRESETS))
     parser.add_argument("--videos", nargs="+", type=int, default=[4], help="videos a step, for all presets or for each")
+    parser.add_argument("--contrast", type=int, default=0, help="videos told apart from each other (0: all)")
+    parser.add_argument("--micro-batch", type=int, default=0, help="videos a process takes at a time (0: all)")
+    parser.add_argument("--recompute", action="store_true", help="keep only what enters each layer")
     parser.add_argument("--clips", nargs="+", default=["5x128"], help="clip sizes, T x S such as 5x128 10x256")
     parser.add_argument("--layouts", nargs="+", default=["T,H|W"])
     parser.add_argument("--precisions", nargs="+", default=["fp32", "bf16"],
@@ -319,7 +324,8 @@ def main():
     videos = args.videos * (len(args.presets) if len(args.videos) == 1 else 1)
     for (preset, count), clip, layout in itertools.product(zip(args.presets, videos), args.clips, args.layouts):
         group = [{"model": model, "changes": changes, "preset": preset, "layout": layout, "clip": clip,
-                  "precision": precision, "videos": count, "vocab_size": 8192, "device": device.type}
+                  "precision": precision, "videos": count, "vocab_size": 8192, "device": device.type,
+                  "contrast": args.contrast, "micro_batch": args.micro_batch, "recompute": args.recompute}
                  for model, changes, precision in kinds]
         rounds = [[row | in_own_process(["row", [row, args.steps]], args.gpus, "malloc" not in row["changes"])
                    for row in group] for _ in cli.progress(range(args.rounds), "measuring", args.rounds, " rounds")]

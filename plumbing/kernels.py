@@ -1,4 +1,4 @@
-"""The same mathematics faster: dropout, attention fused or split for the hardware, GELU that keeps no memory.
+"""The same mathematics faster: dropout, attention fused or split for the hardware, less memory by computing again.
 
 Shapes: B clips, S sequences (any number of dimensions), L tokens of a sequence, a dimensions of a head.
 """
@@ -43,6 +43,12 @@ def fused_attention(q, k, v, ignore, p):
     masks = [None] * len(parts[0]) if ignore is None else (~ignore).flatten(0, -4).split(MOST_SEQUENCES)
     out = [F.scaled_dot_product_attention(*part, attn_mask=mask, dropout_p=p) for *part, mask in zip(*parts, masks)]
     return (out[0] if len(out) == 1 else torch.cat(out)).unflatten(0, q.shape[:-3])
+
+
+def again_in_backward(function, *inputs):
+    """function(*inputs), of which only the inputs are kept: the backward pass computes it again, with the same random
+    numbers."""
+    return checkpoint(function, *inputs, use_reentrant=False) if torch.is_grad_enabled() else function(*inputs)
 
 
 def gelu_linear(hidden, linear):

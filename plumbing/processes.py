@@ -1,4 +1,5 @@
 """One process or many: launch, devices, the group and its exchanges, precision, seeds."""
+import contextlib
 import os
 import random
 import sys
@@ -109,6 +110,12 @@ def gather(x):
     return torch.cat(all_gather(x)) if rank_and_world()[1] > 1 else x
 
 
+def exchanging(model, last):
+    """A context for the forward and backward pass of one micro-batch: DistributedDataParallel exchanges gradients once
+    a step, with the last."""
+    return contextlib.nullcontext() if last or rank_and_world()[1] == 1 else model.no_sync()
+
+
 class BatchNorm(nn.BatchNorm1d):
     """BatchNorm1d with the statistics of all processes' batches. (torch's SyncBatchNorm refuses CPU tensors.)"""
 
@@ -133,6 +140,10 @@ def pick_device(name):
         torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
     join_group("nccl" if name == "cuda" else "gloo")
     return torch.device(name)
+
+
+def device_name(device):
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
 
 
 PRECISIONS = {"bf16": torch.bfloat16, "fp16": torch.float16, "tf32": torch.float32, "fp32": torch.float32}

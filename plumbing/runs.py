@@ -29,6 +29,8 @@ class RunSettings:
     device: str = option("auto", "device of each process", choices=["auto", "cuda", "mps", "cpu"])
     precision: str = option("auto", "number format of the matrix products",
                             choices=["auto", "bf16", "fp16", "tf32", "fp32"])
+    micro_batch: int = option(0, "videos a process takes at a time (0: as many as fit into its memory)", least=0)
+    recompute: bool = option(False, "keep only what enters each layer, compute the rest again in the backward pass")
     compile: bool = option(False, "compile the layers with torch.compile (needs a C++ compiler on CPUs)")
     save_every: int = option(500, "steps between two checkpoints", least=1)
 
@@ -72,6 +74,11 @@ class Optimizer:
 
     def backward(self, loss):
         self.scaler.scale(loss).backward()
+
+    def gradients(self, loss, tensors):
+        """Those of a loss by some tensors, apart from what `backward` adds up -> [tensor]."""
+        scale = self.scaler.scale(torch.ones_like(loss))
+        return [gradient / scale for gradient in torch.autograd.grad(loss * scale, tensors)]
 
     def step(self, step):
         """Moves the weights along the gradient, which is then cleared -> the learning rate of this step."""
@@ -126,50 +133,71 @@ def load_weights(model, weights, path):
         raise UserError(f"{path} does not fit this model: {str(error).splitlines()[1].strip()}") from error
 
 
-def restore(path, model, optimizer, resize=None):
-    """Loads a checkpoint's weights, moments and gradient scaler -> its step. UserError where the sizes do not fit.
+def check_shape(path, before, model):
+    """Raises UserError where a checkpoint's transformer, a TransformerConfig's dict, is another one than the model's:
+    tensors of another layout may well fit. Clip size and dropout may differ."""
+    for name, own in asdict(model.backbone.config).items():
+        if name not in ("frames", "height", "width", "dropout") and before.get(name, own) != own:
+            raise UserError(f"{path} does not fit this model: its transformer has {name} {before[name]}, not {own}")
 
-    resize: (table, size) -> table, for the position tables of another clip size and for their moments, as in the
-    paper's second stage.
+
+def resize_tables(model, weights, resize, moments=None, numbers=None):
+    """Fits a checkpoint's position tables, and the optimizer's moments of them, to the model's clip size, in place.
+
+    resize: (table, size) -> table. numbers: {parameter: its number among the moments}.
     """
-    checkpoint = read_checkpoint(path)
-    if not {"model", "optimizer", "step"} <= checkpoint.keys():
-        raise UserError(f"{path} is no checkpoint of a run of this project")
-    weights, moments = checkpoint["model"], checkpoint["optimizer"]["state"]
-    order = [p for group in optimizer.adamw.param_groups for p in group["params"]]  # how the optimizer numbers them
-    for name in ("time", "row", "column") if resize else ():
+    for name in ("time", "row", "column"):
         key, table = f"backbone.{name}", getattr(model.backbone, name)  # (size, d)
         if (before := len(weights.get(key, table))) == len(table):
             continue
         weights[key] = resize(weights[key], len(table))
-        number = next(i for i, p in enumerate(order) if p is table)
-        moments[number] = {kind: resize(value, len(table)) if value.dim() else value  # but for the count of steps
-                           for kind, value in moments.get(number, {}).items()}
-        say(f"interpolated the {name} positions and their optimizer moments from {before} to {len(table)}")
+        if moments is not None:
+            number = numbers[table]
+            moments[number] = {kind: resize(value, len(table)) if value.dim() else value  # but for the count of steps
+                               for kind, value in moments.get(number, {}).items()}
+        say(f"interpolated the {name} positions{' and their optimizer moments' if moments else ''} "
+            f"from {before} to {len(table)}")
+
+
+def restore(path, model, optimizer, resize=None):
+    """Loads a checkpoint's weights, moments and gradient scaler -> its step. UserError where the sizes do not fit.
+
+    resize: see `resize_tables`; without it, the clip size must be the checkpoint's.
+    """
+    checkpoint = read_checkpoint(path)
+    if not {"model", "optimizer", "step"} <= checkpoint.keys():
+        raise UserError(f"{path} is no checkpoint of a run of this project")
+    check_shape(path, checkpoint.get("transformer", {}), model)
+    weights, moments = checkpoint["model"], checkpoint["optimizer"]["state"]
+    order = [p for group in optimizer.adamw.param_groups for p in group["params"]]  # how the optimizer numbers them
+    if resize:
+        resize_tables(model, weights, resize, moments, {p: number for number, p in enumerate(order)})
     load_weights(model, weights, path)
     if any(moments[i]["exp_avg"].shape != p.shape for i, p in enumerate(order) if i in moments):
         raise UserError(f"{path} does not fit this model: its optimizer's moments are those of other tensors")
     optimizer.load_state_dict(checkpoint)
+    if (before := checkpoint.get("steps", optimizer.steps)) != optimizer.steps:
+        say(f"the schedule of {path} was of {before} steps; now it is of {optimizer.steps}")
     return checkpoint["step"]
 
 
-def start(config, model, optimizer, init="", resize=None):
-    """Loads what a run begins with -> its first step: that of out/last.pt, where it is to go on from there, else 0.
+def start(config, model, optimizer, resize=None, init=None, resume_from=""):
+    """Loads what a run begins with -> its first step, whether that goes on in its own folder.
 
-    init: a checkpoint of another run to begin with.
+    From out/last.pt, where it is to go on from there; or from another run's checkpoint resume_from; or init(), which
+    loads first weights, at step 0.
     """
-    first = 0
-    if last := last_checkpoint(config.out, config.resume):
-        first = restore(last, model, optimizer, resize)
-        say(f"resumed {last} at step {first} of {optimizer.steps}")
+    first, last = 0, last_checkpoint(config.out, config.resume)
+    if path := last or resume_from:
+        first = restore(path, model, optimizer, resize)
+        say(f"resumed {path} at step {first} of {optimizer.steps}")
     elif init:
-        restore(init, model, optimizer, resize)
-        say(f"starting from {init}")
+        init()
     steps = set(from_all(first))
     if len(steps) > 1:
         raise UserError(f"processes would start from different steps, {sorted(steps)}: --out {config.out} must be "
                         f"storage that all machines share")
-    return first
+    return first, last is not None
 
 
 def last_checkpoint(out, resume):
@@ -190,49 +218,56 @@ class Run:
     """A model in training: its optimizer, where it goes on from, and its folder with config.json, metrics.jsonl,
     TensorBoard events and last.pt, which only the first process writes.
 
-    videos: how many it trains on. init, resize: see `start`. A run that goes on from a checkpoint drops the metrics
-    after it. One that begins makes an earlier run's last.pt last.old.pt, so that no restart goes on from that.
+    videos: how many it trains on. epochs: of the schedule, of which it ends after stop_after, where that is not 0.
+    beginning: see `start`. A run that goes on from a checkpoint drops the metrics after it, and begins with those of
+    another run that it continues. One that begins makes an earlier run's last.pt last.old.pt, so that no restart goes
+    on from that.
     """
 
-    def __init__(self, config, model, videos, epochs, betas, device, init="", resize=None):
+    def __init__(self, config, model, videos, epochs, betas, device, stop_after=0.0, **beginning):
         self.config, self.model, self.videos, self.out = config, model, videos, Path(config.out)
         self.rank, self.world = rank_and_world()
         self.precision = pick_precision(config.precision, device)
         self.steps = config.steps or max(1, int(epochs * videos) // config.batch)
         self.optimizer = Optimizer(model, config, self.steps, betas, self.precision)
-        self.first = start(config, model, self.optimizer, init, resize)
+        self.end = min(self.steps, int(stop_after * videos) // config.batch) if stop_after else self.steps
+        self.first, goes_on = start(config, model, self.optimizer, **beginning)
         self.sums, self.count, self.board = 0, 0, None
         if self.rank == 0:
-            self.open_folder()
+            self.open_folder(goes_on, beginning.get("resume_from"))
         if config.compile:
             model.backbone.compile_layers()
         self.wrapped = DistributedDataParallel(model) if self.world > 1 else model
 
-    def open_folder(self):
+    def open_folder(self, goes_on, resume_from):
         from torch.utils.tensorboard import SummaryWriter  # slow to import
-        if self.first == 0 and (self.out / "last.pt").is_file():
+        if not goes_on and (self.out / "last.pt").is_file():
             os.replace(self.out / "last.pt", self.out / "last.old.pt")
             say(f"{self.out / 'last.pt'} of an earlier run is now last.old.pt")
         write_text(self.out / "config.json", json.dumps(asdict(self.config), indent=1) + "\n")
-        kept = [record for record in read_metrics(self.out) if record["step"] <= self.first] if self.first else []
+        earlier = read_metrics(Path(resume_from).parent if resume_from and not goes_on else self.out)
+        kept = [record for record in earlier if record["step"] <= self.first] if self.first else []
         write_text(self.out / "metrics.jsonl", "".join(json.dumps(record) + "\n" for record in kept))
         self.board = SummaryWriter(self.out, purge_step=self.first + 1)
 
     def each_step(self, text):
         """The steps that are left, with a bar; at the end of every save_every, and of the last, a checkpoint."""
-        left, self.since = range(self.first, self.steps), time.perf_counter()
+        left, self.since = range(self.first, self.end), time.perf_counter()
         self.bar = progress(left, text, len(left), " steps", self.rank == 0)
         for step in self.bar:
             yield step
             if self.due(step, self.config.save_every) and self.rank == 0:
                 save_checkpoint(self.out / "last.pt", {
                     "model": self.model.state_dict(), **self.optimizer.state_dict(), "step": step + 1,
-                    "config": asdict(self.config), "transformer": asdict(self.model.backbone.config)})
+                    "steps": self.steps, "config": asdict(self.config),
+                    "transformer": asdict(self.model.backbone.config)})
         if self.board:
             self.board.close()
+        if self.end < self.steps:
+            say(f"step {self.end} of a schedule of {self.steps}: --resume-from {self.out / 'last.pt'} goes on")
 
     def due(self, step, every):
-        return (step + 1) % every == 0 or step + 1 == self.steps
+        return (step + 1) % every == 0 or step + 1 == self.end
 
     def record(self, step, measures, lr, shown):
         """A step's measures, {name: scalar tensor}, each process's share; every log_every steps a line of metrics, with

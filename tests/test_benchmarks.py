@@ -41,7 +41,8 @@ def test_the_plain_version_computes_the_same(ideas, layout, pre_norm, restored):
     for changes in ([], ideas):
         for idea in changes:
             throughput.change(model, idea)
-        outputs = model(tokens, hidden)
+        logits, cls = model(tokens, hidden)
+        outputs = logits, model.projection_head(cls)
         gradients = torch.autograd.grad(sum(out.square().sum() for out in outputs), model.parameters())
         results.append([*outputs, *gradients])
     for ours, plain in zip(*results):
@@ -68,7 +69,7 @@ def test_every_idea_taken_back_is_other_work(idea, restored):
 
     def operations():
         with Recorder() as recorder:
-            torch.autograd.grad(sum(out.sum() for out in model(tokens, hidden)), model.parameters())
+            torch.autograd.grad(sum(out.sum() for out in model(tokens, hidden)), model.backbone.parameters())
         return recorder.operations
     before = operations()
     assert operations() == before
@@ -82,7 +83,7 @@ def test_a_step_is_measured_with_adamw_fused_or_not(changes, monkeypatch):
     fused = mock.Mock(wraps=torch._fused_adamw_)
     monkeypatch.setattr(torch, "_fused_adamw_", fused)
     row = {"model": "", "changes": changes, "preset": "toy", "layout": "T,H|W", "clip": "3x16", "precision": "fp32",
-           "videos": 2, "vocab_size": 20, "device": "cpu"}
+           "videos": 2, "vocab_size": 20, "device": "cpu", "contrast": 0, "micro_batch": 1, "recompute": True}
     assert throughput.measure(row, 1)["ms"] > 0
     assert bool(fused.call_count) == (not changes)
 

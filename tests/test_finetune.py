@@ -17,7 +17,7 @@ import finetune
 import pretrain
 from plumbing import processes
 from plumbing.runs import read_metrics
-from transformer import TransformerConfig, VideoTransformer
+from transformer import TransformerConfig, VideoTransformer, load_backbone, resize_table
 
 FAST = dict(steps=4, batch=4, log_every=2, save_every=2, clips=2, device="cpu")
 CPU = torch.device("cpu")
@@ -137,8 +137,8 @@ def test_what_lies_beyond_a_videos_end_is_not_attended_to(tmp_path):
     store, told = random_store(tmp_path / "s", 12, side=2), []
     model = small(3)
     model.register_forward_pre_hook(lambda model, inputs: told.append(((inputs[0] == 17).any().item(), inputs[1])))
-    finetune.train(finetune.Config(out=str(tmp_path / "run"), **{**FAST, "batch": 1, "steps": 12}, fps=2.0), model,
-                   store, "label", CPU)
+    finetune.train(finetune.Config(out=str(tmp_path / "run"), micro_batch=1,
+                                   **{**FAST, "batch": 1, "steps": 12}, fps=2.0), model, store, "label", CPU)
     assert all(padded == said for padded, said in told) and {padded for padded, _ in told} == {True, False}
 
 
@@ -161,7 +161,7 @@ def test_resuming_equals_no_interruption(tmp_path):
     assert result["whole"][1] == result["broken"][1] and len(result["whole"][1]) == 3
 
 
-def short_run(place):
+def short_run(place, micro_batch=6):
     """Three steps on videos of which some are shorter than a clip -> each step's gradients, metrics and probabilities.
 
     Without dropout, which each process draws for itself; with large weights and a low learning rate, as Adam enlarges
@@ -169,7 +169,7 @@ def short_run(place):
     """
     store, (rank, world) = data.TokenStore(place / "s"), processes.rank_and_world()
     config = finetune.Config(out=str(place / f"of {world}"), steps=3, batch=6, log_every=1, lr=1e-6, fps=4.0, clips=2,
-                             precision="fp32")
+                             precision="fp32", micro_batch=micro_batch)
     model = small(3, scale=10.0)
     torch.nn.init.normal_(model.classifier.weight, std=0.2)
     with recorded_gradients() as gradients:
@@ -178,10 +178,13 @@ def short_run(place):
     return gradients, [m["loss"] for m in read_metrics(config.out)] if rank == 0 else None, p
 
 
-def test_two_processes_give_what_one_gives(tmp_path, in_two_processes):
-    """Losses, gradients, and the probabilities of every video, whose number is odd, on both."""
+@pytest.mark.parametrize("micro_batch", [3, 2])
+def test_two_processes_and_micro_batches_give_what_one_step_gives(tmp_path, in_two_processes, micro_batch):
+    """Losses, gradients, and the probabilities of every video, whose number is odd, on both. A micro-batch is all of a
+    process's three videos, or two and then one."""
     random_store(tmp_path / "s", 13, side=2)
-    one, (two, other) = short_run(tmp_path), in_two_processes(short_run, tmp_path)
+    one, (two, other) = short_run(tmp_path), in_two_processes(short_run, tmp_path, micro_batch)
+    assert_same_gradients(one[0], short_run(tmp_path, 2 * micro_batch)[0])
     assert_same_gradients(one[0], two[0])
     assert one[1] == pytest.approx(two[1], rel=1e-5, abs=2e-6)
     for p in (two[2], other[2]):
@@ -200,7 +203,10 @@ def test_a_clip_size_other_than_the_models_is_interpolated_to(tmp_path):
     assert pretraining.returncode == 0, pretraining.stderr
     for split in ("train", "test"):
         random_store(tmp_path / "large" / split, 6, side=4)
-    done = call(finetune, "--data", "large", "--checkpoint", "runs/small/last.pt", *flags(FAST), place=tmp_path)
-    assert done.returncode == 0 and "(6 videos x 2 views)" in done.stdout
+    done = call(finetune, "--data", "large", "--checkpoint", "runs/small/last.pt", "--frames", 10, *flags(FAST),
+                place=tmp_path)
+    assert done.returncode == 0 and "(6 videos x 2 views)" in done.stdout and "10 x 4 x 4 tokens a clip" in done.stdout
     shape = torch.load(tmp_path / "runs/finetune-motion/last.pt")["transformer"]
-    assert (shape["height"], shape["width"], shape["frames"]) == (4, 4, 5)
+    assert (shape["height"], shape["width"], shape["frames"]) == (4, 4, 10)
+    before, after = (load_backbone(tmp_path / f"runs/{run}/last.pt").time for run in ("small", "finetune-motion"))
+    assert torch.allclose(after, resize_table(before, 10), atol=2e-3)  # but for four small steps

@@ -3,6 +3,7 @@ import numpy as np
 import pytest
 import torch
 
+import finetune
 from masking import PAPER_TABLE_2, block_mask, blocks_for, expected_ratio
 from pretrain import PRESETS, Config, Vimpac
 from transformer import PAPER_SIZES, TransformerConfig, count_parameters
@@ -41,7 +42,10 @@ def test_table_3_s_presets(preset, millions):
 def test_table_4_s_pre_training_numbers():
     small, large = (Config(**{"preset": name, **PRESETS[name]}) for name in ("small", "large"))
     assert (small.lr, small.warmup, small.batch, small.epochs, small.projection_hidden) == (1e-3, 0.1, 1024, 10, 2048)
-    assert (large.lr, large.warmup, large.batch, large.epochs, large.projection_layers) == (3e-4, 0.05, 1024, 90, 3)
+    assert (large.lr, large.warmup, large.batch, large.projection_layers) == (3e-4, 0.05, 1024, 3)
+    second = Config(preset="large256", **PRESETS["large256"])
+    assert (large.epochs, large.stop_after, second.epochs, second.stop_after) == (100, 90, 100, 0)
+    assert (small.contrast, large.contrast, second.contrast) == (128, 256, 128) and second.frame_size == 256
     assert small.weight_decay == large.weight_decay == 0.05 and small.alpha == 1 and small.gamma == 0.2
     updates = 1_238_791 * small.epochs / small.batch
     assert updates == pytest.approx(12_000, rel=0.02)
@@ -61,3 +65,11 @@ def test_start_weights_are_as_small_as_appendix_a_says(pre_norm):
                 narrower = 2 * 3  # additions to the residual
             assert p.std().item() == pytest.approx(0.02 / narrower ** 0.5, rel=0.12), name
             assert abs(p.mean().item()) < 0.004, name
+
+
+@pytest.mark.parametrize("name", ["ucf101", "hmdb51", "diving48", "ssv2", "kinetics400"])
+def test_fine_tuning_for_the_analyses_and_for_table_1(name):
+    analyses, results = finetune.DATASETS[name], finetune.DATASETS[f"{name}-results"]
+    assert analyses["clips"] == 2 and "frames" not in analyses
+    assert (results["frames"], results["clips"], results["fps"]) == (10, 10, 4.0)
+    assert {key: results[key] for key in ("epochs", "batch")} == {key: analyses[key] for key in ("epochs", "batch")}

@@ -185,8 +185,8 @@ def test_sizes_and_layout_are_read_off_the_shapes(tmp_path, sizes, layout, heads
     assert (config.layout, config.heads, config.head_dim, config.pre_norm, config.layers, config.dim) == \
         (layout, heads, head_dim, sizes.get("pre_norm", False), sizes["layers"], sizes["dim"])
     tokens = torch.randint(8192, (1, sizes["frames"], sizes["side"], sizes["side"]))
-    logits, projection = model(tokens, torch.tensor([0, 7]))
-    assert logits.shape == (2, 8197) and logits.isfinite().all() and projection.shape == (1, 256)
+    logits, cls = model(tokens, torch.tensor([0, 7]))
+    assert logits.shape == (2, 8197) and logits.isfinite().all() and model.projection_head(cls).shape == (1, 256)
 
 
 @pytest.mark.parametrize("read", [Vimpac.from_released, load_backbone])
