@@ -49,7 +49,7 @@ def two_of_everything(inputs, pull):
     found["alone"] = norm(inputs[:1]).detach() if rank == 0 else None  # no exchange: rank 1 does not call it
 
     settings = SimpleNamespace(out="runs/a", resume=False)
-    assert runs.start(settings, None, None) == 0
+    assert runs.start(settings, None, None) == (0, False)
     with mock.patch.multiple(runs, last_checkpoint=lambda out, resume: "last.pt", restore=lambda *_: 3 * rank), \
             pytest.raises(UserError) as refused:
         runs.start(settings, None, SimpleNamespace(steps=9))

@@ -133,6 +133,16 @@ def test_a_gradient_scaler_keeps_its_scale_over_a_checkpoint(tmp_path):
             assert restored.scaler.get_scale() == expected
 
 
+@pytest.mark.parametrize("precision", [torch.float32, torch.float16])
+def test_gradients_apart_are_those_of_the_loss_and_add_nothing_up(precision):
+    """In half precision scaled on their way, or small ones would vanish."""
+    optimizer, x = runs.Optimizer(Model(), Settings(), 10, (0.9, 0.98), precision), torch.full((2,), 1e-5)
+    x.requires_grad_()
+    half = x.to(precision)
+    gradient, = optimizer.gradients((half * half).float().sum() * 1e-3, [x])
+    assert gradient.tolist() == pytest.approx([2e-8, 2e-8], rel=1e-2) and x.grad is None
+
+
 def test_files_that_are_no_checkpoint_of_a_run_are_named(tmp_path):
     model = Model()
     optimizer = runs.Optimizer(model, Settings(), 10, (0.9, 0.98))

@@ -157,6 +157,24 @@ def test_compiled_layers_share_one_compilation_and_give_the_same():
     assert list(model.state_dict()) == keys
 
 
+def test_recomputing_gives_the_same_gradients_and_keeps_less():
+    """With dropout, whose numbers must be drawn again, and PAD."""
+    tokens, found, kept = torch.randint(V, (2, T, H, W)), [], []
+    tokens[0, -1] = PAD
+    for recompute in (False, True):
+        model = build(layers=3, dropout=0.3).train()
+        model.recompute, sizes = recompute, {}
+        torch.manual_seed(1)
+        with torch.autograd.graph.saved_tensors_hooks(
+                lambda x, sizes=sizes: sizes.update({x.data_ptr(): x.nbytes}) or x, lambda x: x):
+            cls, features = model(tokens)
+        (cls.sum() + features.square().sum()).backward()
+        found.append([p.grad for p in model.parameters()])
+        kept.append(sum(sizes.values()))
+    assert all(torch.equal(a, b) for a, b in zip(*found))
+    assert kept[1] < 0.3 * kept[0]
+
+
 def test_token_head_is_tied_to_the_embedding():
     model, head = build(), TokenHead(build().config).double()
     logits = head(torch.randn(3, 24, dtype=torch.float64), model.embedding.weight)
