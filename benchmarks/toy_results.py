@@ -106,8 +106,9 @@ def read():
 
 def run(jobs):
     """Runs the jobs {name: (function, arguments)} that are not in the results yet, and writes each down as it ends."""
-    git = subprocess.check_output(["git", "describe", "--always", "--dirty"], cwd=ROOT, text=True)
-    origin = {"commit": git.strip(), "torch": torch.__version__, "numpy": np.__version__,
+    head = subprocess.check_output(["git", "rev-parse", "--short", "HEAD"], cwd=ROOT, text=True).strip()
+    changed = subprocess.run(["git", "diff", "--quiet", "HEAD", "--", "*.py"], cwd=ROOT, check=False).returncode
+    origin = {"commit": head + "-dirty" * bool(changed), "torch": torch.__version__, "numpy": np.__version__,
               "python": sys.version.split()[0]}
     missing = {name: job for name, job in jobs.items() if name not in read() or (
         job[0] is pretrain and not Path(f"runs/seed-{job[1][0]}/last.pt").is_file())}  # fine-tuning needs it
