@@ -8,8 +8,8 @@ stopped and started again. Delete an entry to run it anew.
 
 Fine-tuning takes 600 steps on 400 labelled videos, 150 on fewer. From scratch it takes four times as many: the paper
 gives 1.5 to 4 times the epochs (Table 4). Learning rate and warm-up from scratch are chosen on the validation split,
-with seed 0 on motion: with 100 labels for all fewer, then the rate again, at that warm-up and from 1e-3 up, with 400.
-All other figures come from the test split.
+with seed 0 on motion: with 100 labels for all fewer, then with 400 again, at that warm-up, that rate and its two
+neighbours. All other figures come from the test split.
 """
 import argparse
 import concurrent.futures
@@ -122,7 +122,10 @@ def run(jobs):
 
 def grid(few):
     """Jobs that measure the learning rates and warm-ups from scratch on the validation split."""
-    warmups, rates = (WARMUPS, RATES) if few else (best_from_scratch(100)[1:], RATES[2:])
+    warmups, rates = WARMUPS, RATES
+    if not few:
+        best, *warmups = best_from_scratch(100)
+        rates = RATES[max(0, RATES.index(best) - 1):][:3]
     return {f"validation, from scratch, {few or 400} labels, lr {lr}, warm-up {warmup}":
             (finetune, ("motion", "from scratch", few, 0, lr, warmup, "val")) for warmup in warmups for lr in rates}
 
