@@ -4,10 +4,10 @@
     python benchmarks/memory.py --presets small --clips 5x128
 
 Forward and backward with one and with two videos at a time, with twice the usual masks, as when pretrain.py looks for
-its --micro-batch: the difference is what a video takes, the rest is fixed. On a GPU it is measured, in bfloat16. Else it
-is counted: every tensor that the step makes on a GPU, with its size and its life, but no number in it (torch's fake
-tensors). How good the count is, the same count in float32 shows, with the kernels of CPUs, beside what this machine then
-takes. The cards' tables add Adam's moments, DistributedDataParallel's buckets and a tenth to spare (`fitting`).
+its --micro-batch: the difference is what a video takes, the rest is fixed. On a GPU it is measured, in bfloat16. Else
+it is counted: every tensor that the step makes on a GPU, with its size and its life, but no number in it (torch's fake
+tensors). How good the count is, the same count in float32 shows, with the kernels of CPUs, beside what this machine
+then takes. The cards' tables add Adam's moments, DistributedDataParallel's buckets and a tenth to spare (`fitting`).
 """
 import argparse
 import functools
