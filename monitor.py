@@ -108,7 +108,21 @@ def report(config, model, store, tokenizer=None):
     print(f"{config.out}: last.pt, metrics.jsonl, curves.png{', fill_in.png, fill_in.gif' if tokenizer else ''}")
 
 
-# ---------------------------------------------------------------- Figure 5
+# ---------------------------------------------------------------- Figures 4 and 5
+
+
+def copied(tokens, mask, over_time):
+    """Fig. 4: every hidden token replaced by the nearest visible one, in its frame or, over_time, in all the clip's
+    -> int64 (B, T, H, W). Distances are Euclidean, in tokens and frames.
+
+    tokens: int64 (B, T, H, W). mask: bool (B, T, H, W), True = hidden.
+    """
+    axes = [torch.arange(size, dtype=torch.float) for size in tokens.shape[1:]]
+    place = torch.cartesian_prod(*axes) * torch.tensor([1.0 if over_time else 1e6, 1.0, 1.0])  # (N, 3)
+    distance = torch.cdist(place, place, compute_mode="donot_use_mm_for_euclid_dist")  # (N, N)
+    hidden = mask.flatten(1)[:, None]  # (B, 1, N)
+    nearest = distance.masked_fill(hidden, float("inf")).argmin(dim=2)  # (B, N)
+    return tokens.flatten(1).gather(1, nearest).view_as(tokens)
 
 
 @torch.no_grad()

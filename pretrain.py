@@ -49,6 +49,7 @@ class Config(runs.RunSettings):
     preset: str = option("toy", "sizes and training numbers to start from", choices=list(PRESETS))
     out: str = option("runs/toy", "folder of the run")
     videos: str = option("", "folder of videos to pre-train on (default: the toy world)")
+    toy_videos: int = option(2000, "videos of the toy world; another number makes one of its own", least=40)
     data: str = option("", "token store to pre-train on, made by vqvae.py tokenize")
     tokenizer: str = option("", "tokenizer of the videos or of the store (default: train one on the videos)")
     monitor: str = option("", "folder with labelled token stores train and val or test, for the kNN accuracy")
@@ -231,10 +232,10 @@ def prepare(config, device):
     """Makes videos, tokenizer and tokens where they are missing -> (store, tokenizer path or None, monitor folder)."""
     if config.data:
         return data.TokenStore(config.data), config.tokenizer or None, config.monitor or None
-    rank, home = rank_and_world()[0], Path(config.out if config.videos else "datasets/toy")
+    rank, (home, sizes) = rank_and_world()[0], (Path(config.out), {}) if config.videos else toy.sized(config.toy_videos)
     place = Path(config.tokenizer or home / "tokenizer.pt")
     if rank == 0 and not config.videos:
-        toy.make(home)
+        toy.make(home, sizes)
     wait_for_all()
     if config.videos:
         root, splits = config.videos, {"pretrain": [(p, {}) for p, _ in data.list_videos("folder", config.videos, "")]}
@@ -290,8 +291,7 @@ def train(config, model, store, device, monitor_folder):
     """The whole of pre-training, from config.out/last.pt on where --resume asks for it."""
     videos, held_out = data.hold_out(len(store), config.held_out)
     rank, world = rank_and_world()
-    if not config.alpha:
-        model.projection_head.requires_grad_(False)
+    model.projection_head.requires_grad_(config.alpha != 0)
     model.backbone.recompute = config.recompute
     model.train()
     precision = processes.pick_precision(config.precision, device)

@@ -113,6 +113,12 @@ def make(root, splits=None, seed=0, workers=None):
     return root
 
 
+def sized(count):
+    """A world of so many videos to pre-train on, and of others in proportion -> its folder, its splits."""
+    name = "toy" if count == SPLITS["pretrain"] else f"toy-{count}"
+    return Path("datasets") / name, {split: number * count // SPLITS["pretrain"] for split, number in SPLITS.items()}
+
+
 def split_videos(root, split):
     """The videos of a split with all their labels -> [(path, {label set: class})]."""
     lists = {name: list_videos("list", Path(root) / name, split) for name in CLASSES}

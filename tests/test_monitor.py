@@ -133,6 +133,16 @@ def test_the_last_lines_are_the_last_measurements(tmp_path, capsys):
         assert imageio.imread(tmp_path / "curves.png").std() > 5
 
 
+def test_a_hidden_token_is_copied_from_the_nearest_visible_one():
+    tokens = torch.arange(2 * 3 * 4).view(1, 2, 3, 4)
+    mask = torch.zeros(1, 2, 3, 4, dtype=torch.bool)
+    mask[0, 0, :2, :3] = True  # of the first frame six tokens: seen are the last row and the last column
+    in_space, over_time = (monitor.copied(tokens, mask, over_time)[0] for over_time in (False, True))
+    assert in_space[0].tolist() == [[8, 3, 3, 3], [8, 9, 7, 7], [8, 9, 10, 11]]  # of two as near, the first
+    assert over_time[0].tolist() == [[12, 13, 3, 3], [8, 9, 7, 7], [8, 9, 10, 11]]
+    assert torch.equal(in_space[1], tokens[0, 1]) and torch.equal(over_time[1], tokens[0, 1])
+
+
 class Painter:
     """Stands in for a tokenizer: a token becomes a patch of 8 x 8 pixels of its own grey."""
 
