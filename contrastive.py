@@ -32,11 +32,11 @@ def info_nce(first, second, temperature=0.2):
     return 2 * F.cross_entropy(similarity, positive)  # the mean over 2n clips, twice: L_i + L'_i
 
 
-def contrast(head, cls, videos, gamma):
+def contrastive_loss(head, cls, videos, gamma):
     """gamma * L_cl of groups of videos, added up -> scalar. Each group has its own negatives and its own batch norm.
 
     head: ProjectionHead. cls: (2n, d), of the first clips, then of the second ones, of n videos. videos: how many of
-    them make a group, in this process; its other videos are those in the same place in the other processes.
+    them make a group; with several processes, these are its videos in this one.
     """
     groups = cls.unflatten(0, (2, -1, videos)).transpose(0, 1).flatten(1, 2)  # (groups, 2 * videos, d)
     return gamma * sum(info_nce(*head(group).chunk(2), gamma) for group in groups)
@@ -72,12 +72,12 @@ class ProjectionHead(nn.Module):
 # ---------------------------------------------------------------- groups that do not fit into one pass
 
 
-def cached_gradients(backbone, head, parts, gamma, gradients, seeds, cast):
-    """What the contrastive loss asks of each part of a group that is too large for one pass
-    -> gamma * L_cl / parts, for each part [its gradients by the part's CLS and by the head's weights], for `linear`.
+def cached_gradients(backbone, head, parts, gamma, weight, gradients, seeds, cast):
+    """What weight * the contrastive loss asks of each part of a group that is too large for one pass
+    -> gamma * L_cl / parts, for each part [gradients by the part's CLS and by the head's weights] for `with_gradients`.
 
-    Let z_k = f(x_k; w) be CLS of clip k, by the backbone's weights w, and L(z_1, ..., z_2N; v) the contrastive loss, by
-    the head's weights v: its batch norm and InfoNCE, where every clip meets every other. By the chain rule
+    Let z_k = f(x_k; w) be CLS of the group's clip k, of 2N, by the backbone's weights w, and L(z_1, ..., z_2N; v) the
+    contrastive loss by the head's weights v: batch norm and InfoNCE, where all clips meet. By the chain rule
 
         dL/dw = sum over k of g_k dz_k/dw,    where g_k = dL/dz_k.
 
@@ -85,9 +85,10 @@ def cached_gradients(backbone, head, parts, gamma, gradients, seeds, cast):
     1. all z_k, part after part, without gradient: 2N vectors are all that is kept;
     2. L, the g_k and dL/dv, through the small head alone;
     3. (`pretrain.update`) part after part forward again, and backward from the sum of g_k z_k in L's place: as the g_k
-       are constants, its gradient is that part's share of dL/dw. Likewise for dL/dv, of which each part gets as much.
+       are constants, its gradient is that part's share of dL/dw. Each part also adds its like share of dL/dv.
     Nothing is approximated, provided that step 3 meets the z_k of step 1: dropout has to draw the same numbers again.
-    This is gradient caching (Gao et al. 2021, arXiv 2101.06983).
+    With W processes, all with the same L, the g_k come out W times as large, as they do in one pass; the mean that
+    DistributedDataParallel takes undoes it. (Gradient caching: Gao et al. 2021, arXiv 2101.06983.)
 
     parts: [masking.Batch]. gradients: (loss, [tensor]) -> [its gradient by each]. seeds: [a function that seeds the
     part's dropout]. cast: () -> the context of the number format.
@@ -99,8 +100,8 @@ def cached_gradients(backbone, head, parts, gamma, gradients, seeds, cast):
             found.append(backbone(move(part.inputs, backbone.cls.device), part.has_pad())[0])  # (2m, d)
     cls = join(found).requires_grad_()  # (2n, d)
     with cast():
-        loss = contrast(head, cls, len(cls) // 2, gamma)
-    by_cls, *by_head = gradients(loss, [cls, *head.parameters()])
+        loss = contrastive_loss(head, cls, len(cls) // 2, gamma)
+    by_cls, *by_head = gradients(weight * loss, [cls, *head.parameters()])
     by_part = by_cls.unflatten(0, (2, -1)).split([len(z) // 2 for z in found], dim=1)  # (2, m, d) each
     return loss.detach() / len(parts), [[g.flatten(0, 1), *(h / len(parts) for h in by_head)] for g in by_part]
 
@@ -110,8 +111,8 @@ def join(parts):
     return torch.cat([cls.unflatten(0, (2, -1)) for cls in parts], dim=1).flatten(0, 1)
 
 
-def linear(tensors, gradients):
-    """A loss whose gradients by these tensors are these -> scalar."""
+def with_gradients(tensors, gradients):
+    """A loss that has these gradients by these tensors -> scalar."""
     return sum((x * gradient).sum() for x, gradient in zip(tensors, gradients))
 
 

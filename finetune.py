@@ -46,7 +46,8 @@ BETAS = (0.9, 0.999)  # of Adam, Table 4
 
 @dataclass
 class Config(runs.RunSettings):
-    dataset: str = option("toy", "whose training numbers of Table 4 to start from", choices=list(DATASETS))
+    dataset: str = option("toy", "Table 4's numbers for a dataset: of the analyses or, -results, of Table 1",
+                          choices=list(DATASETS))
     checkpoint: str = option("runs/toy/last.pt", "pre-trained or fine-tuned model, ours or a released one")
     from_scratch: bool = option(False, "take only the sizes from the checkpoint and start from random weights")
     data: str = option("datasets/toy/tokens", "folder with the token stores, of another dataset tokens/DATASET")
@@ -62,8 +63,8 @@ class Config(runs.RunSettings):
     fps: float = option(2.67, "frames a second of a clip, taken from those stored")
     clips: int = option(10, "evenly spaced clips a video at test", least=1)
     # training (Table 4)
-    epochs: float = option(24.0, "passes over the training videos")
-    scratch_epochs: float = option(4.0, "how many times these with --from-scratch")
+    epochs: float = option(24.0, "passes over the training videos", least=0)
+    scratch_epochs: float = option(4.0, "how many times these with --from-scratch", least=0)
     batch: int = option(16, "videos a step, over all processes", least=1)
     lr: float | None = option(None, "peak learning rate (of the paper's datasets: 1e-4, for large 5e-5)")
     weight_decay: float = option(0.01, "weight decay")
@@ -82,6 +83,8 @@ class Config(runs.RunSettings):
         self.data = self.data or f"tokens/{self.dataset}"
         name = self.labels if self.dataset == "toy" else f"{self.dataset}{self.split or ''}"
         self.out = self.out or f"runs/finetune-{name}{'-scratch' * self.from_scratch}"
+        if Path(self.checkpoint).resolve().parent == Path(self.out).resolve() and not (self.resume or self.eval_only):
+            raise UserError(f"--checkpoint {self.checkpoint}: give the new run a folder of its own with --out")
 
 
 class Classifier(nn.Module):
@@ -139,7 +142,8 @@ def evaluate(model, store, config, device, precision):
     result = torch.zeros(len(store), model.classifier.out_features, device=device)
     for i, batch in enumerate(progress(loader, "testing", len(loader), " batches", show=rank == 0)):
         with processes.autocast(device, precision):
-            logits = model(batch.flatten(0, 1).to(device))  # (videos * clips, C)
+            parts = batch.flatten(0, 1).to(device).split(4 * config.micro_batch or 64)
+            logits = torch.cat([model(part) for part in parts])  # (videos * clips, C)
         p = logits.float().softmax(dim=-1).unflatten(0, batch.shape[:2]).mean(dim=1)  # (videos, C)
         result[list(own[i * at_once:(i + 1) * at_once])] = p
     return processes.sum_over_all(result)
@@ -169,7 +173,6 @@ def try_out(model, precision, videos):
     with torch.compiler.set_stance("force_eager"), processes.autocast(device, precision):
         logits = model(clips, True)
     (0 * logits.sum()).backward()
-    model.zero_grad(set_to_none=True)
 
 
 def train(config, model, store, labels, device):
@@ -202,7 +205,11 @@ def prepare(config, device):
     labels, classes, names = pick_labels(stores, config.labels)
     seed_all(config.seed)
     store, backbone = stores[config.eval_split], load_backbone(config.checkpoint, dropout=config.dropout)
-    backbone.resize(config.frames or backbone.config.frames, store.height, store.width)
+    before = backbone.config
+    after = backbone.resize(config.frames or before.frames, store.height, store.width).config
+    if before != after:
+        say(f"interpolated the positions from {before.frames} x {before.height} x {before.width} tokens a clip to "
+            f"{after.frames} x {after.height} x {after.width}")
     if config.from_scratch:
         backbone = VideoTransformer(backbone.config)
     backbone.recompute = config.recompute
@@ -233,7 +240,7 @@ def main():
     if not config.eval_only:
         train(config, model, stores["train"], labels, device)
     store = stores[config.eval_split]
-    with torch.compiler.set_stance("force_eager"):  # not worth a compilation for each of its shapes
+    with torch.compiler.set_stance("force_eager"), memory_explained(config):  # not worth compiling for each shape
         p = evaluate(model, store, config, device, precision).cpu()  # (videos, C)
     processes.leave_group()
     report(config, store, p, labels, names)

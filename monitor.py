@@ -25,7 +25,8 @@ from plumbing.tokens import PAD
 def evaluate(losses, model, config, store, videos, precision):
     """`pretrain.losses` on held-out videos, without dropout, on the same clips and masks each time -> {metric: float}.
 
-    Called by all processes. Where there are fewer videos than processes, the result is empty.
+    Told apart from each other are config.contrast of them, or as many as there are. Called by all processes. Where
+    there are fewer videos than processes, the result is empty.
     """
     rank, world = rank_and_world()
     group = min(config.contrast, len(videos)) // world * world
@@ -45,14 +46,14 @@ def evaluate(losses, model, config, store, videos, precision):
 # ---------------------------------------------------------------- kNN accuracy
 
 
-def knn_accuracies(backbone, folder, fps, k):
+def knn_accuracies(backbone, folder, fps, k, batch=64):
     """kNN accuracy on every label set of the token stores in a folder -> {"knn_<labels>": float}.
 
     Neighbours come from the store train (or train1), queries from val, or where there is none from test (or test1).
-    fps: frames a second of the clips that the model was trained on. k: how many neighbours vote.
+    fps: frames a second of the clips that the model was trained on. k: how many neighbours vote. batch: clips a pass.
     """
     stores = data.open_store(folder, "train", "train1"), data.open_store(folder, "val", "test", "test1")
-    features = [clip_features(backbone, store, fps) for store in stores]
+    features = [clip_features(backbone, store, fps, batch) for store in stores]
     result = {}
     for name in stores[0].label_sets():
         labels = [torch.tensor(store.labels(name), dtype=torch.long, device=features[0].device) for store in stores]

@@ -23,10 +23,10 @@ import masking
 import monitor
 import toy
 import vqvae
-from contrastive import ProjectionHead, cached_gradients, contrast, join, linear
+from contrastive import ProjectionHead, cached_gradients, contrastive_loss, join, with_gradients
 from plumbing import processes, released, runs
 from plumbing.cli import UserError, option, parse, run
-from plumbing.fitting import fit, memory_explained, plan, share_out, slices
+from plumbing.fitting import described, fit, memory_explained, plan, share_out, slices
 from plumbing.processes import rank_and_world, say, seed_all, wait_for_all
 from plumbing.store import check_header
 from plumbing.tokenizing import fingerprint
@@ -39,7 +39,7 @@ PRESETS = {
     "small": {},  # the defaults below: Table 3 and the second column of Table 4
     "base": dict(layers=12, dim=768, heads=12, mlp_dim=3072),
     "large": dict(layers=24, dim=1024, heads=16, head_dim=32, projection_hidden=4096, projection_layers=3, epochs=100.0,
-                  stop_after=90.0, lr=3e-4, warmup=0.05, contrast=256)}
+                  stop_after=90.0, lr=3e-4, warmup=0.05, contrast=256, held_out=256)}
 PRESETS["large256"] = dict(PRESETS["large"], frame_size=256, stop_after=0.0, contrast=128)  # large's second stage
 BETAS = (0.9, 0.98)  # of Adam, Table 4
 
@@ -54,7 +54,7 @@ class Config(runs.RunSettings):
     tokenizer: str = option("", "tokenizer of the videos or of the store (default: train one on the videos)")
     monitor: str = option("", "folder with labelled token stores train and val or test, for the kNN accuracy")
     init: str = option("", "checkpoint, ours or a released one, whose weights a new schedule starts from")
-    resume_from: str = option("", "checkpoint of another run whose schedule to go on with, at this clip size")
+    resume_from: str = option("", "checkpoint of another run whose schedule to go on with, also at another clip size")
     # the model
     layers: int = option(6, "transformer layers")
     dim: int = option(512, "hidden size")
@@ -67,7 +67,7 @@ class Config(runs.RunSettings):
     projection_layers: int = option(2, "layers of the projection head", least=1)
     # the clips
     frames: int = option(5, "frames of a clip, T", least=1)
-    frame_size: int = option(128, "frame side in pixels, S (of --videos), of which a token covers 8 x 8", multiple=8)
+    frame_size: int = option(128, "frame side in pixels, S, of which a token covers 8 x 8", multiple=8)
     fps: float = option(2.0, "frames a second that are tokenised (of --videos)")
     codes: int = option(1024, "codes of a tokenizer trained on the videos")
     tokenizer_steps: int = option(1000, "training steps of that tokenizer")
@@ -83,7 +83,7 @@ class Config(runs.RunSettings):
     alpha: float = option(1.0, "weight of the contrastive loss")
     gamma: float = option(0.2, "temperature of the contrastive loss")
     # training
-    epochs: float = option(10.0, "passes over the videos, of which the learning rate's schedule is made")
+    epochs: float = option(10.0, "passes over the videos, over which the learning rate rises and falls", least=0)
     stop_after: float = option(0.0, "epochs after which to stop, though the schedule goes on (0: at its end)", least=0)
     batch: int = option(1024, "videos a step, over all processes", least=1)
     contrast: int = option(128, "videos told apart from each other, n of Eq. 4 (0: the whole batch)", least=0)
@@ -119,8 +119,8 @@ class Config(runs.RunSettings):
         """What to hide, for masking.prepare."""
         return dict(kind=self.mask, ratio=self.mask_ratio, blocks=self.blocks, noise=self.noise)
 
-    def group(self, world):
-        """How many videos of a group, told apart from each other, a process has."""
+    def own_group(self, world):
+        """How many videos of a group, told apart from each other, each process has."""
         return self.contrast // world if self.alpha else 1
 
     def pairs(self, store):
@@ -146,7 +146,7 @@ class Vimpac(nn.Module):
     def forward(self, inputs, hidden, padded=None):
         """inputs: int64 (B, T, H, W), already masked. hidden: int64 (M,), which of their B*T*H*W places to predict.
 
-        -> logits (M, V + 5) of these places alone, in their order, and CLS (B, d), for `contrast` to project.
+        -> logits (M, V + 5) of these places alone, in their order, and CLS (B, d), for the projection head.
         """
         cls, features = self.backbone(inputs, padded)  # (B, d), (B, T, H, W, d)
         return self.token_head(features.flatten(0, 3)[hidden], self.backbone.embedding.weight), cls
@@ -169,15 +169,15 @@ class Vimpac(nn.Module):
         return model
 
 
-def measures(config, mask, accuracy, contrasted):
+def measures(config, mask, accuracy, contrast):
     """Eq. 6 and its parts -> {name: scalar}. contrastive_loss is gamma * L_cl, as in the paper's tables."""
-    return {"loss": mask + config.alpha * contrasted, "mask_loss": mask, "mask_accuracy": accuracy,
-            "contrastive_loss": contrasted}
+    return {"loss": mask + config.alpha * contrast, "mask_loss": mask, "mask_accuracy": accuracy,
+            "contrastive_loss": contrast}
 
 
 @torch.no_grad()
 def losses(model, config, clips, vocab_size, generator, precision):
-    """Eq. 6 on one group of config.contrast videos, of which these are this process's -> `measures`."""
+    """Eq. 6 on one group of videos told apart from each other, of which these are this process's -> `measures`."""
     device, head, (rank, world), found = model.backbone.cls.device, model.projection_head, rank_and_world(), []
     batch = masking.prepare(clips, vocab_size, generator=generator, rank=rank, world=world, **config.masks())
     weight = masking.token_weight(batch, device)
@@ -185,8 +185,8 @@ def losses(model, config, clips, vocab_size, generator, precision):
         for videos in slices(0, len(clips), config.micro_batch):
             found.append(masking.mask_loss(model, batch.part(videos), weight))
         mask, accuracy, cls = zip(*found)
-        contrasted = contrast(head, join(cls), len(clips), config.gamma) if config.alpha else 0 * weight
-    return measures(config, sum(mask), sum(accuracy), contrasted)
+        contrast = contrastive_loss(head, join(cls), len(clips), config.gamma) if config.alpha else 0 * weight
+    return measures(config, sum(mask), sum(accuracy), contrast)
 
 
 def update(model, config, clips, vocab_size, optimizer, precision, step):
@@ -201,27 +201,25 @@ def update(model, config, clips, vocab_size, optimizer, precision, step):
     cast = partial(processes.autocast, device, precision)
     generator = torch.Generator().manual_seed(processes.one_seed(config.seed, step))
     batch = masking.prepare(clips, vocab_size, generator=generator, rank=rank, world=world, **config.masks())
-    weight = masking.token_weight(batch, device)
-    group = config.group(world)
+    weight, group = masking.token_weight(batch, device), config.own_group(world)
     share = group / len(clips)  # of a group in the mean over the groups
     for places in plan(len(clips), group, config.micro_batch):
         parts = [batch.part(videos) for videos in places]
         seeds = [partial(seed_all, config.seed, step, rank, videos.start) for videos in places]
-        cached = len(parts) > 1 and cached_gradients(own.backbone, head, parts, config.gamma, optimizer.gradients,
-                                                     seeds, cast)
+        cached = len(parts) > 1 and cached_gradients(own.backbone, head, parts, config.gamma, config.alpha * share,
+                                                     optimizer.gradients, seeds, cast)
         for i, (videos, part, seed) in enumerate(zip(places, parts, seeds)):
             seed()  # dropout
             with processes.exchanging(model, videos.stop == len(clips)):
                 with cast():
                     mask, accuracy, cls = masking.mask_loss(model, part, weight)
-                    if not config.alpha:
-                        loss = contrasted = 0 * weight
-                    elif cached:
-                        contrasted, loss = cached[0], linear([cls, *head.parameters()], cached[1][i])
+                    if cached:
+                        contrast, loss = cached[0], mask + with_gradients([cls, *head.parameters()], cached[1][i])
                     else:
-                        loss = contrasted = contrast(head, cls, group, config.gamma)
-                optimizer.backward(mask + config.alpha * share * loss)
-            found.append((mask.detach(), accuracy, share * contrasted.detach()))
+                        contrast = contrastive_loss(head, cls, group, config.gamma) if config.alpha else 0 * weight
+                        loss = mask + config.alpha * share * contrast
+                optimizer.backward(loss)
+            found.append((mask.detach(), accuracy, share * contrast.detach()))
     return measures(config, *(sum(values) for values in zip(*found))), optimizer.step(step)
 
 
@@ -231,7 +229,10 @@ def update(model, config, clips, vocab_size, optimizer, precision, step):
 def prepare(config, device):
     """Makes videos, tokenizer and tokens where they are missing -> (store, tokenizer path or None, monitor folder)."""
     if config.data:
-        return data.TokenStore(config.data), config.tokenizer or None, config.monitor or None
+        store = data.TokenStore(config.data)
+        if store.header["size"] != config.frame_size:
+            raise UserError(f"--data {config.data} holds frames of {store.header['size']} pixels: give --frame-size")
+        return store, config.tokenizer or None, config.monitor or None
     rank, (home, sizes) = rank_and_world()[0], (Path(config.out), {}) if config.videos else toy.sized(config.toy_videos)
     place = Path(config.tokenizer or home / "tokenizer.pt")
     if rank == 0 and not config.videos:
@@ -283,8 +284,7 @@ def try_out(model, config, precision, videos):
     part = masking.Batch(tokens, tokens, torch.rand(tokens.shape) < 2 * config.mask_ratio, torch.ones(len(tokens)) > 0)
     with torch.compiler.set_stance("force_eager"), processes.autocast(device, precision):
         loss, _, cls = masking.mask_loss(model, part, torch.ones((), device=device))
-    (loss + 0 * cls.sum()).backward()
-    model.zero_grad(set_to_none=True)
+    (loss + cls.sum()).backward()
 
 
 def train(config, model, store, device, monitor_folder):
@@ -296,10 +296,8 @@ def train(config, model, store, device, monitor_folder):
     model.train()
     precision = processes.pick_precision(config.precision, device)
     memory = fit(config, model, config.batch // world, device, partial(try_out, model, config, precision))
-    parts = plan(config.batch // world, config.group(world), config.micro_batch)
-    passes = "one pass" if len(parts[0]) == 1 else "two passes"
-    say(f"{config.preset} on {world} x {processes.device_name(device)}: {config.micro_batch} videos at a time, "
-        f"{sum(map(len, parts))} to a step, groups of {config.contrast} in {passes}{memory}")
+    say(f"{config.preset} on {world} x {processes.device_name(device)}: "
+        f"{described(config, config.batch // world, config.own_group(world))}{memory}")
     training = runs.Run(config, model, len(videos), config.epochs, BETAS, device, config.stop_after,
                         resize=resize_table, resume_from=config.resume_from,
                         init=config.init and partial(initialise, model, config.init))
@@ -310,24 +308,27 @@ def train(config, model, store, device, monitor_folder):
         with torch.compiler.set_stance("force_eager"):  # not worth a compilation for each of its shapes
             found = monitor.evaluate(losses, model, config, store, held_out, training.precision)
             if monitor_folder and rank == 0:
-                found |= monitor.knn_accuracies(model.backbone, monitor_folder, config.clip_fps(store), config.knn)
+                found |= monitor.knn_accuracies(model.backbone, monitor_folder, config.clip_fps(store), config.knn,
+                                                min(64, 4 * config.micro_batch))
         if found:
             training.write(step=step, **found)
         model.train()
 
-    if training.first == 0:
-        watch(0)
-    for step in training.each_step("pre-training"):
-        with memory_explained(config):
+    with memory_explained(config):
+        if training.first == 0:
+            watch(0)
+        for step in training.each_step("pre-training"):
             found, lr = update(training.wrapped, config, next(loader), store.header["vocab_size"], training.optimizer,
                                training.precision, step)
-        training.record(step, found, lr, "mask {mask_accuracy:.1%} contrast {contrastive_loss:.3f}")
-        if training.due(step, config.knn_every):
-            watch(step + 1)
+            training.record(step, found, lr, "mask {mask_accuracy:.1%} contrast {contrastive_loss:.3f}")
+            if training.due(step, config.knn_every):
+                watch(step + 1)
 
 
 def main():
     config = parse(Config, sys.argv[1:], __doc__, PRESETS)
+    if config.preset == "large256" and not (config.resume_from or config.init):
+        raise UserError("--preset large256 is the second stage of large: give its checkpoint with --resume-from")
     processes.launch(config.gpus)
     device = processes.pick_device(config.device)
     processes.pick_precision(config.precision, device)  # refused before anything is made

@@ -1,5 +1,6 @@
 """A configuration dataclass -> flags with help, ranges, errors of one line; and progress bars."""
 import argparse
+import math
 import sys
 from dataclasses import MISSING, field, fields
 from pathlib import Path
@@ -32,6 +33,8 @@ def check_ranges(config):
     """Raises UserError, naming the flag, for a field that is out of its range."""
     for f in fields(config):
         value, least, multiple = getattr(config, f.name), f.metadata["least"], f.metadata["multiple"]
+        if isinstance(value, float) and not math.isfinite(value):
+            raise UserError(f"{flag(f)} must be a number, not {value}")
         if None not in (least, value) and value < least:
             raise UserError(f"{flag(f)} must be at least {least}, not {value}")
         if multiple is not None and (value < multiple or value % multiple):
@@ -62,6 +65,9 @@ def parse(config_class, argv, description, presets=None, chosen_by="preset", pro
         early.add_argument("--" + chosen_by, choices=list(presets), default=getattr(config_class, chosen_by))
         name = getattr(early.parse_known_args(argv)[0], chosen_by)
         chosen = {chosen_by: name, **presets[name]}
+    given = {part.split("=")[0] for part in argv}
+    if "--epochs" in given and "--steps" not in given:
+        chosen["steps"] = 0  # a preset's steps give way
     in_force = config_class(**chosen)
     parser = Parser(prog, description=description, formatter_class=argparse.RawDescriptionHelpFormatter,
                     allow_abbrev=False)

@@ -1,5 +1,6 @@
 """How much of a batch a device takes at a time: micro-batches, and how large they can be, tried rather than guessed."""
 import contextlib
+import json
 import os
 import re
 from pathlib import Path
@@ -7,7 +8,7 @@ from pathlib import Path
 import torch
 
 from plumbing.cli import UserError
-from plumbing.processes import from_all, rank_and_world, say
+from plumbing.processes import from_all, rank_and_world, restarted, say
 
 MARGIN = 0.9  # of the memory that is free
 
@@ -26,29 +27,48 @@ def plan(videos, group, most):
 
 def share_out(config, videos, world):
     """Sets the batch and the groups told apart from each other in force. UserError where they cannot be."""
+    if config.contrast > config.batch:
+        say(f"--contrast {config.contrast} is more than --batch {config.batch}: telling all of these apart")
+    if not (config.alpha and 0 < config.contrast <= config.batch):
+        config.contrast = config.batch
     if config.batch > videos >= world:
-        wanted, group = config.batch, config.contrast or config.batch
-        config.contrast = group if group <= videos else videos // world * world
+        wanted, config.contrast = config.batch, min(config.contrast, videos // world * world)
         config.batch = videos // config.contrast * config.contrast
-        say(f"--batch {wanted} is more than the {videos} videos: using {config.batch}")
-    config.contrast = config.contrast or config.batch
+        say(f"--batch {wanted} is more than the {videos} videos: using {config.batch}, of which {config.contrast} are "
+            f"told apart from each other")
+    if config.contrast == 1 and config.alpha:
+        raise UserError("--contrast 1: there is nothing to tell apart (--alpha 0 leaves this task out)")
     if config.batch % config.contrast or config.contrast % world or config.batch > videos:
-        raise UserError(f"--batch {config.batch} --contrast {config.contrast}: the batch, at most the {videos} videos, "
-                        f"is a multiple of the videos told apart, and these are one of the {world} processes")
+        raise UserError(f"--batch {config.batch} must be a multiple of --contrast {config.contrast}, that one of the "
+                        f"{world} processes, and there are {videos} videos")
+
+
+def described(config, videos, group):
+    """What a step does with a process's videos, of which so many are of a group, in words."""
+    parts = plan(videos, group, config.micro_batch)
+    count, largest_part = sum(map(len, parts)), parts[0][0].stop
+    groups = f", groups of {config.contrast} in {'one pass' if len(parts[0]) == 1 else 'two passes'}"
+    return f"{largest_part} videos at a time, {count} pass{'es' * (count > 1)} a step{groups if config.alpha else ''}"
 
 
 def fit(config, model, most, device, attempt):
-    """Sets config.micro_batch: as asked, else the largest that fits the devices of all processes, at most `most`
-    -> what is to be said of its memory.
+    """Sets config.micro_batch: as asked, else that of the run that is resumed, else the largest that fits the devices
+    of all processes, at most `most` -> what is to be said of its memory.
 
     attempt: a function that takes one real step with so many videos, but for the optimizer's.
     """
+    before = Path(config.out) / "config.json"
+    if not config.micro_batch and (restarted() or config.resume) and before.is_file():
+        config.micro_batch = json.loads(before.read_text()).get("micro_batch", 0)
     if config.micro_batch:
         config.micro_batch = min(config.micro_batch, most)
         return ""
     parameters = 4 * sum(p.numel() for p in model.parameters())
     later = parameters * (3 if rank_and_world()[1] > 1 else 2)  # Adam's moments, DistributedDataParallel's buckets
-    found = from_all(largest(attempt, most, device, later))
+    try:
+        found = from_all(largest(attempt, most, device, later))
+    finally:
+        model.zero_grad(set_to_none=True)  # also of an attempt that was broken off
     config.micro_batch = min(videos for videos, _, _ in found)
     needed, there = max((needed + later, there) for _, needed, there in found)
     return f", {needed / 1e9:.1f} of {there / 1e9:.0f} GB"
@@ -58,8 +78,8 @@ def largest(attempt, most, device, later):
     """The largest number of videos that fits a device, a power of two or `most` -> it, its bytes, those there are.
 
     attempt: a function that takes one real step with so many videos. later: bytes that training will take besides.
-    On a GPU the number doubles until the device says no, or until the last two steps say that it would. Elsewhere,
-    where nobody says no in time, the steps with one and two videos tell what more would take.
+    The number doubles until the device says no, or until the last two steps say that it would. On CPUs, where nobody
+    says no in time, no more are taken once two steps tell what more would take.
     """
     there, fits = free_memory(device), []
     for videos in [2 ** i for i in range(most.bit_length()) if 2 ** i < most] + [most]:
@@ -67,7 +87,8 @@ def largest(attempt, most, device, later):
         if len(fits) > 1:
             (fewer, bytes_fewer), (more, bytes_more) = fits[-2:]
             needed = bytes_more + (videos - more) * (bytes_more - bytes_fewer) / (more - fewer)
-        if needed is None or (device.type == "cuda" and needed < MARGIN * there - later):
+        grew = len(fits) > 1 and bytes_more > bytes_fewer  # else it is a peak of earlier that is seen
+        if not grew or (device.type == "cuda" and needed < MARGIN * there - later):
             try:
                 needed = peak_memory(attempt, videos, device)
             except torch.OutOfMemoryError:

@@ -20,8 +20,8 @@ from plumbing.store import read_lines, whole, write_text
 class RunSettings:
     """The flags that pretrain.py and finetune.py share, with the same meaning and default."""
     resume: bool = option(False, "go on from the run's last checkpoint, where there is one")
-    steps: int = option(0, "optimizer steps (0: as many as the epochs need)")
-    warmup: float = option(0.1, "share of the steps in which the learning rate rises")
+    steps: int = option(0, "optimizer steps, in place of epochs (0: as many as these need)", least=0)
+    warmup: float = option(0.1, "share of the steps in which the learning rate rises", least=0)
     dropout: float = option(0.1, "dropout everywhere in the transformer")
     clip: float = option(1.0, "largest gradient norm")
     seed: int = option(0, "random seed", least=0)
@@ -220,8 +220,7 @@ class Run:
 
     videos: how many it trains on. epochs: of the schedule, of which it ends after stop_after, where that is not 0.
     beginning: see `start`. A run that goes on from a checkpoint drops the metrics after it, and begins with those of
-    another run that it continues. One that begins makes an earlier run's last.pt last.old.pt, so that no restart goes
-    on from that.
+    another run that it continues. One that begins makes an earlier run's last.pt last.old.pt: no restart goes on there.
     """
 
     def __init__(self, config, model, videos, epochs, betas, device, stop_after=0.0, **beginning):
@@ -230,8 +229,10 @@ class Run:
         self.precision = pick_precision(config.precision, device)
         self.steps = config.steps or max(1, int(epochs * videos) // config.batch)
         self.optimizer = Optimizer(model, config, self.steps, betas, self.precision)
-        self.end = min(self.steps, int(stop_after * videos) // config.batch) if stop_after else self.steps
+        self.end = min(self.steps, max(1, int(stop_after * videos) // config.batch)) if stop_after else self.steps
         self.first, goes_on = start(config, model, self.optimizer, **beginning)
+        if self.first >= self.end and not goes_on:
+            raise UserError(f"nothing is left to train: the checkpoint is of step {self.first} of {self.end}")
         self.sums, self.count, self.board = 0, 0, None
         if self.rank == 0:
             self.open_folder(goes_on, beginning.get("resume_from"))
@@ -264,7 +265,7 @@ class Run:
         if self.board:
             self.board.close()
         if self.end < self.steps:
-            say(f"step {self.end} of a schedule of {self.steps}: --resume-from {self.out / 'last.pt'} goes on")
+            say(f"stopped in a schedule of {self.steps} steps: --resume goes on here, --resume-from in another folder")
 
     def due(self, step, every):
         return (step + 1) % every == 0 or step + 1 == self.end

@@ -152,7 +152,8 @@ def test_howto100m_is_every_video_found(tmp_path, video, models):
     video(tmp_path / "root/b/c/ID2.webm", codec="libvpx-vp9")
     store, _ = tokenize(models, "howto100m", tmp_path / "root", "train", "pretrain", tmp_path / "tokens")
     assert [store.name(i) for i in range(2)] == ["a/ID1.mp4", "b/c/ID2.webm"] and store.label_sets() == []
-    succeed(pretrain, "--data", tmp_path / "tokens", "--steps", 2, "--out", tmp_path / "run", *flags(TINY))
+    succeed(pretrain, "--data", tmp_path / "tokens", "--frame-size", 32, "--steps", 2, "--out", tmp_path / "run",
+            *flags(TINY))
     assert (tmp_path / "run/last.pt").is_file()
 
 

@@ -20,10 +20,11 @@ from plumbing.cli import UserError, option
 class Example:
     preset: str = option("slow", "which", choices=["slow", "fast"])
     lr: float = option(0.1, "rate")
-    steps: int = option(5, "how many", least=1)
+    steps: int = option(5, "how many", least=0)
     d_max: float | None = option(None, "a limit")
     resume: bool = option(False, "go on")
     size: int = option(16, "pixels", multiple=8)
+    epochs: float = option(9.0, "passes")
 
 
 PRESETS = {"slow": {}, "fast": dict(lr=1.0, steps=1)}
@@ -37,10 +38,12 @@ def test_flags_win_over_presets_and_presets_over_defaults():
     assert parse() == Example()
     assert parse("--preset", "fast", "--steps", "3", "--resume", "--d-max", "2") == Example("fast", 1.0, 3, 2.0, True)
     assert parse("--resume", "--no-resume") == Example()
+    assert parse("--preset", "fast", "--epochs=3").steps == 0 and parse("--epochs", "3", "--steps", "2").steps == 2
 
 
 @pytest.mark.parametrize("argv, said", [
-    (["--steps", "many"], "many"), (["--steps", "0"], "--steps must be at least 1, not 0"),
+    (["--steps", "many"], "many"), (["--steps", "-1"], "--steps must be at least 0, not -1"),
+    (["--lr", "nan"], "--lr must be a number"), (["--lr", "inf"], "--lr"),
     (["--preset", "slwo"], "fast"), (["--step-size", "3"], "--step-size"), (["--step", "3"], "--step"),
     (["--size", "20"], "multiple of 8, not 20"), (["--size", "0"], "multiple of 8, not 0")])
 def test_a_wrong_value_ends_with_one_line_and_code_2(argv, said, capsys):

@@ -198,14 +198,17 @@ def test_two_processes_and_micro_batches_give_what_one_step_gives(tmp_path, in_t
 def test_a_clip_size_other_than_the_models_is_interpolated_to(tmp_path):
     """The paper's larger crops at fine-tuning: 2 x 2 tokens a frame in pre-training, here 4 x 4."""
     random_store(tmp_path / "pretraining", 4, side=2)
-    pretraining = call(pretrain, "--data", "pretraining", "--out", "runs/small", "--steps", 1, "--batch", 4, "--device",
-                       "cpu", place=tmp_path)
-    assert pretraining.returncode == 0, pretraining.stderr
+    asked = ["--data", "pretraining", "--out", "runs/small", "--steps", 1, "--batch", 4, "--device", "cpu"]
+    done = call(pretrain, *asked, place=tmp_path)
+    assert done.returncode == 2 and "holds frames of 16 pixels: give --frame-size" in done.stderr
+    done = call(pretrain, *asked, "--frame-size", 16, place=tmp_path)
+    assert done.returncode == 0, done.stderr
     for split in ("train", "test"):
         random_store(tmp_path / "large" / split, 6, side=4)
     done = call(finetune, "--data", "large", "--checkpoint", "runs/small/last.pt", "--frames", 10, *flags(FAST),
                 place=tmp_path)
     assert done.returncode == 0 and "(6 videos x 2 views)" in done.stdout and "10 x 4 x 4 tokens a clip" in done.stdout
+    assert "interpolated the positions from 5 x 2 x 2 tokens a clip to 10 x 4 x 4" in done.stdout
     shape = torch.load(tmp_path / "runs/finetune-motion/last.pt")["transformer"]
     assert (shape["height"], shape["width"], shape["frames"]) == (4, 4, 10)
     before, after = (load_backbone(tmp_path / f"runs/{run}/last.pt").time for run in ("small", "finetune-motion"))

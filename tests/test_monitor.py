@@ -91,8 +91,8 @@ def test_knn_sees_the_middle_of_the_centre_view_at_the_models_own_frame_rate(tmp
 def test_queries_come_from_val_and_where_there_is_none_from_test(tmp_path, monkeypatch):
     torch.manual_seed(0)
     model, asked, features = backbone(), [], monitor.clip_features
-    monkeypatch.setattr(monitor, "clip_features", lambda model, store, fps: asked.append(store.path.name) or features(
-        model, store, fps))
+    monkeypatch.setattr(monitor, "clip_features", lambda model, store, *how: asked.append(store.path.name) or features(
+        model, store, *how))
     for name in ("train", "test", "val"):
         store_of_12_views(tmp_path / "own" / name, {"train": [0, 0, 1], "val": [0], "test": [1]}[name])
         if name != "train":

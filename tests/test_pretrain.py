@@ -178,6 +178,9 @@ def test_two_stages_follow_one_schedule(tmp_path):
     after = torch.load(tmp_path / "second/last.pt", weights_only=True)
     assert after["step"] == steps and after["model"]["backbone.row"].shape == (8, 16)
     assert {int(moment["step"]) for moment in after["optimizer"]["state"].values()} == {steps}
+    third = tiny(out=str(tmp_path / "third"), resume_from=str(tmp_path / "second/last.pt"), **common)
+    with pytest.raises(UserError, match="nothing is left to train"):
+        train(third, stores[1])
 
 
 def test_training_never_draws_a_held_out_video_and_all_that_is_shown_is_held_out(workplace, monkeypatch):
@@ -502,15 +505,21 @@ def test_tokens_of_another_rate_are_not_taken_for_those_asked_for(workplace):
     (["--data", "nowhere"], "nowhere"), (["--mask-ratio", "15"], "between 0 and 1"), (["--batch", "0"], "--batch"),
     (["--resume-from", "x.pt"], "--resume-from x.pt"), (["--frame-size", "60"], "multiple of 8"),
     (["--min-stride", "3", "--max-stride", "2"], "the smaller first"), (["--init", "none.pt"], "none.pt"),
-    (["--data", "a", "--videos", "b"], "one of them"), (["--held-out", "-1"], "--held-out")])
+    (["--data", "a", "--videos", "b"], "one of them"), (["--epochs", "nan"], "a number"),
+    (["--steps", "-3"], "--steps"), (["--held-out", "-1"], "--held-out")])
 def test_wrong_values_end_with_one_line(tmp_path, argv, said):
     done = call(pretrain, *argv, place=tmp_path)
     assert done.returncode == 2 and said in done.stderr and len(done.stderr.splitlines()) == 1
     assert not list(tmp_path.iterdir())
 
 
+def test_the_second_stage_asks_for_the_first(tmp_path):
+    done = call(pretrain, "--preset", "large256", place=tmp_path)
+    assert done.returncode == 2 and "--resume-from" in done.stderr and not list(tmp_path.iterdir())
+
+
 def test_a_batch_that_is_not_made_of_whole_groups_is_refused(workplace):
     done = call(pretrain, *flags(TINY), "--batch", 6, "--contrast", 4, "--out", "runs/odd", place=workplace)
-    assert done.returncode == 2 and "--batch 6 --contrast 4: the batch" in done.stderr
+    assert done.returncode == 2 and "--batch 6 must be a multiple of --contrast 4" in done.stderr
     done = call(pretrain, *flags(TINY), "--batch", 999, "--steps", 1, "--out", "runs/all", place=workplace)
     assert done.returncode == 0 and "--batch 999 is more than the 22 videos: using 22" in done.stdout
