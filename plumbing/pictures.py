@@ -54,6 +54,11 @@ def chequered(frames, holes):
     return np.where(enlarged(holes, frames.shape[1])[..., None], pattern, frames)
 
 
+def token_colours(tokens):
+    """Tokens as a picture: equal codes in equal colours, which mean nothing else. int (...) -> uint8 (..., 3)."""
+    return np.random.default_rng(0).integers(30, 240, (int(tokens.max()) + 1, 3), dtype=np.uint8)[tokens]
+
+
 def enlarged(mask, size):
     """bool (T, H, W), a value a token -> (T, S, S), a value a pixel."""
     return mask.repeat(size // mask.shape[1], 1).repeat(size // mask.shape[2], 2)
