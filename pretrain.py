@@ -100,15 +100,13 @@ class Config(runs.RunSettings):
                             f"both at least 1, the smaller first")
         if not 0 < self.mask_ratio < 1:
             raise UserError(f"--mask-ratio {self.mask_ratio}: it lies between 0 and 1")
-        if self.init and self.resume_from:
-            raise UserError("--init and --resume-from: give one of them")
         for flag, path in (("--init", self.init), ("--resume-from", self.resume_from)):
             if path and not Path(path).is_file():
                 raise UserError(f"{flag} {path}: there is no such file")
             if path and Path(path).resolve() == (Path(self.out) / "last.pt").resolve():
                 raise UserError(f"{flag} {path}: give the new run a folder of its own with --out")
-        if self.videos and self.data:
-            raise UserError("--videos and --data: give one of them")
+        if (self.videos and self.data) or (self.init and self.resume_from):
+            raise UserError("--videos and --data, --init and --resume-from: give one of them")
         self.transformer(vocab_size=1, height=1, width=1)
 
     def transformer(self, vocab_size, height, width):
@@ -230,8 +228,8 @@ def prepare(config, device):
     """Makes videos, tokenizer and tokens where they are missing -> (store, tokenizer path or None, monitor folder)."""
     if config.data:
         store = data.TokenStore(config.data)
-        if store.header["size"] != config.frame_size:
-            raise UserError(f"--data {config.data} holds frames of {store.header['size']} pixels: give --frame-size")
+        if (size := store.header["size"]) != config.frame_size:
+            raise UserError(f"--data {config.data} holds frames of {size} pixels: give --frame-size {size}")
         return store, config.tokenizer or None, config.monitor or None
     rank, (home, sizes) = rank_and_world()[0], (Path(config.out), {}) if config.videos else toy.sized(config.toy_videos)
     place = Path(config.tokenizer or home / "tokenizer.pt")

@@ -2,12 +2,13 @@ import importlib
 import io
 import os
 import re
+import subprocess
 import sys
 from dataclasses import dataclass
 from unittest import mock
 
 import pytest
-from conftest import call
+from conftest import ROOT, call
 
 import finetune
 import pretrain
@@ -109,3 +110,9 @@ def test_progress_off_a_terminal_is_lines_and_on_other_processes_nothing(monkeyp
         lines = stderr.getvalue().splitlines()
         assert all(line.strip() for line in lines) and "\r" not in stderr.getvalue()
         assert ("working" in lines[-1] and "3/3" in lines[-1]) if show else not lines
+
+
+def test_what_a_bug_report_needs():
+    done = subprocess.run([sys.executable, "-m", "plumbing.versions"], cwd=ROOT, check=True, capture_output=True,
+                          text=True)
+    assert all(said in done.stdout for said in ("torch 2.", "ffmpeg", "cores", "GB of memory", "GPU"))

@@ -1,3 +1,5 @@
+from pathlib import Path
+
 import imageio.v2 as imageio
 import numpy as np
 
@@ -114,3 +116,8 @@ def test_a_single_frame_gives_the_appearance_away():
         assert toy.LOOKS[labels["appearance"]].startswith(list(toy.COLOURS)[body])
         seen.add(labels["appearance"])
     assert len(seen) == 16
+
+
+def test_a_world_of_another_size_has_a_folder_of_its_own():
+    assert toy.sized(2000) == (Path("datasets/toy"), toy.SPLITS)
+    assert toy.sized(240) == (Path("datasets/toy-240"), {"pretrain": 240, "train": 48, "val": 36, "test": 60})
