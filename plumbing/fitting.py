@@ -91,7 +91,9 @@ def largest(attempt, most, device, later):
         if not grew or (device.type == "cuda" and needed < MARGIN * there - later):
             try:
                 needed = peak_memory(attempt, videos, device)
-            except torch.OutOfMemoryError:
+            except RuntimeError as error:
+                if not out_of_memory(error):
+                    raise
                 needed = float("inf")
         if needed > MARGIN * there - later and (fits or needed == float("inf")):
             break
@@ -149,13 +151,19 @@ def container_free():
     return int(most.read_text()) - int(used.read_text())
 
 
+def out_of_memory(error):
+    """Whether a RuntimeError says so: CPUs and Apple's GPUs have no class of their own for it."""
+    said = re.search("out of memory|can't allocate memory|not enough memory", str(error))
+    return isinstance(error, torch.OutOfMemoryError) or bool(said)
+
+
 @contextlib.contextmanager
 def memory_explained(config):
     """A context in which running out of memory ends with a line that says which number to lower."""
     try:
         yield
-    except RuntimeError as error:  # torch.OutOfMemoryError is one; CPUs and Apple's GPUs have no class for theirs
-        if not re.search("out of memory|can't allocate memory|not enough memory", str(error)):
+    except RuntimeError as error:
+        if not out_of_memory(error):
             raise
         lower = config.micro_batch // 2
         advice = f"take --micro-batch {lower}" if lower else "take a smaller clip or model"

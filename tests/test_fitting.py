@@ -85,14 +85,15 @@ def test_the_largest_micro_batch_that_fits(monkeypatch, device, gigabytes, each,
     assert tried == tries
 
 
-def test_an_attempt_that_was_broken_off_leaves_no_gradient(tmp_path, monkeypatch):
+@pytest.mark.parametrize("error", [torch.OutOfMemoryError(), RuntimeError("MPS backend out of memory (MPS ...)")])
+def test_an_attempt_that_was_broken_off_leaves_no_gradient(tmp_path, monkeypatch, error):
     model, config = torch.nn.Linear(2, 2), SimpleNamespace(micro_batch=0, out=tmp_path, resume=False)
     monkeypatch.setattr(fitting, "free_memory", lambda device: GB)
 
     def attempt(videos):
         model(torch.ones(videos, 2)).sum().backward()
         if videos > 1:
-            raise torch.OutOfMemoryError
+            raise error
     fitting.fit(config, model, 8, CPU, attempt)
     assert config.micro_batch == 1 and all(p.grad is None for p in model.parameters())
 
