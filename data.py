@@ -14,7 +14,7 @@ from plumbing.annotations import list_videos  # noqa: F401 (reached as data.list
 from plumbing.cli import UserError, progress
 from plumbing.decoding import VideoError, decode_all, read_frames
 from plumbing.processes import share
-from plumbing.store import TokenStore
+from plumbing.store import TokenStore, cut
 
 
 def spread(count, size):
@@ -72,6 +72,19 @@ def stride_for(store, fps):
     return max(1, round(store.header["fps"] / fps))
 
 
+def even_starts(length, frames, stride, clips):
+    """Where `clips` evenly spaced clips of a video of so many frames start: from its first frame to its last; of one
+    clip, the middle -> int (clips,)."""
+    last = last_start(length, frames, stride)
+    return np.arange(clips) * last // (clips - 1) if clips > 1 else np.array([last // 2])
+
+
+def even_clips(tokens, frames, stride, clips, vocab_size):
+    """Evenly spaced clips of one view's tokens (F, H, W) -> int64 (clips, T, H, W)."""
+    return np.stack([cut(tokens, start, frames, stride, vocab_size)
+                     for start in even_starts(len(tokens), frames, stride, clips)])
+
+
 class ClipPairs:
     """Pre-training's samples: two clips of one video, drawn independently and uniformly -> int64 (2, T, H, W).
 
@@ -123,15 +136,9 @@ class EvenClips:
     def __len__(self):
         return len(self.store)
 
-    def starts(self, length):
-        """Of a video of so many frames: from its first frame to its last; of one clip, the middle."""
-        last = last_start(length, self.frames, self.stride)
-        return np.arange(self.clips) * last // (self.clips - 1) if self.clips > 1 else [last // 2]
-
     def __getitem__(self, video):
-        starts = self.starts(int(self.store.index["frames"][video]))
-        return np.stack([self.store.cut(video, start, self.frames, self.stride, view)
-                         for view in self.views for start in starts])
+        return np.concatenate([even_clips(self.store.tokens(video, view), self.frames, self.stride, self.clips,
+                                          self.store.header["vocab_size"]) for view in self.views])
 
 
 # ---------------------------------------------------------------- which videos, in which order

@@ -5,6 +5,7 @@
     python finetune.py --from-scratch                      the same sizes, random weights, for comparison
     python finetune.py --checkpoint classifier.pt --dataset ucf101 --split 1 --data tokens/ucf101
     python finetune.py --checkpoint classifier.pt --dataset ucf101-results --data tokens/ucf101-256
+    python finetune.py --predict VIDEO ... --checkpoint runs/finetune-motion/last.pt      the classes of any videos
 
 --data is a folder of token stores, made by vqvae.py tokenize: train, test and, where choices are to be made, val; of
 UCF101 and HMDB51 train1 and test1 to train3 and test3.
@@ -22,6 +23,7 @@ from torch import nn
 from torch.utils.data import DataLoader
 
 import data
+import predict
 from plumbing import processes, runs
 from plumbing.cli import UserError, option, parse, progress, run
 from plumbing.fitting import fit, memory_explained, slices
@@ -48,7 +50,9 @@ BETAS = (0.9, 0.999)  # of Adam, Table 4
 class Config(runs.RunSettings):
     dataset: str = option("toy", "Table 4's numbers for a dataset: of the analyses or, -results, of Table 1",
                           choices=list(DATASETS))
-    checkpoint: str = option("runs/toy/last.pt", "pre-trained or fine-tuned model, ours or a released one")
+    checkpoint: str = option("", "pre-trained or fine-tuned model, ours or a released one")
+    predict: tuple = option((), "video files whose classes a fine-tuned checkpoint is to tell, with its own settings")
+    tokenizer: str = option("", "tokenizer of --predict's videos (default: the one that the checkpoint knows)")
     from_scratch: bool = option(False, "take only the sizes from the checkpoint and start from random weights")
     data: str = option("datasets/toy/tokens", "folder with the token stores, of another dataset tokens/DATASET")
     split: int = option(0, "1, 2 or 3 of UCF101 and HMDB51 (0: the stores are called train and test)")
@@ -82,8 +86,11 @@ class Config(runs.RunSettings):
             self.lr = 1e-3
         self.data = self.data or f"tokens/{self.dataset}"
         name = self.labels if self.dataset == "toy" else f"{self.dataset}{self.split or ''}"
-        self.out = self.out or f"runs/finetune-{name}{'-scratch' * self.from_scratch}"
-        if Path(self.checkpoint).resolve().parent == Path(self.out).resolve() and not (self.resume or self.eval_only):
+        usual = f"runs/finetune-{name}{'-scratch' * self.from_scratch}"
+        self.checkpoint = self.checkpoint or (f"{usual}/last.pt" if self.predict else "runs/toy/last.pt")
+        self.out = self.out or (str(Path(self.checkpoint).parent) if self.predict else usual)
+        tests = self.eval_only or self.predict
+        if Path(self.checkpoint).resolve().parent == Path(self.out).resolve() and not (self.resume or tests):
             raise UserError(f"--checkpoint {self.checkpoint}: give the new run a folder of its own with --out")
 
 
@@ -100,17 +107,15 @@ class Classifier(nn.Module):
     def forward(self, tokens, padded=None):
         return self.classifier(self.backbone(tokens, padded)[0])
 
-    def load_classifier(self, path):
-        """The classifier of a fine-tuned checkpoint, ours or a released one. Raises UserError where it has none."""
-        checkpoint = runs.read_checkpoint(path)
-        state = checkpoint.get("model", checkpoint)
-        name = "classifier" if "classifier.weight" in state else "cls_fc"
-        if f"{name}.weight" not in state:
-            raise UserError(f"{path} holds no classifier: fine-tune it first, without --eval-only")
-        if state[f"{name}.weight"].shape != self.classifier.weight.shape:
-            raise UserError(f"{path} tells {len(state[f'{name}.weight'])} classes apart, "
-                            f"the labels have {len(self.classifier.weight)}")
-        self.classifier.load_state_dict({kind: state[f"{name}.{kind}"] for kind in ("weight", "bias")})
+
+def trained_classifier(path):
+    """The classifier of a fine-tuned checkpoint, ours or a released one -> {"weight": (C, d), "bias": (C,)}."""
+    checkpoint = runs.read_checkpoint(path)
+    state = checkpoint.get("model", checkpoint)
+    name = "classifier" if "classifier.weight" in state else "cls_fc"
+    if f"{name}.weight" not in state:
+        raise UserError(f"{path} holds no classifier: fine-tune it first, without --eval-only or --predict")
+    return {kind: state[f"{name}.{kind}"] for kind in ("weight", "bias")}
 
 
 def pick_labels(stores, wanted):
@@ -175,8 +180,8 @@ def try_out(model, precision, videos):
     (0 * logits.sum()).backward()
 
 
-def train(config, model, store, labels, device):
-    """The whole of fine-tuning, from config.out/last.pt on where --resume asks for it."""
+def train(config, model, store, labels, device, tokens):
+    """The whole of fine-tuning, from config.out/last.pt on where --resume asks for it. tokens: `predict.origin`."""
     (rank, world), precision = rank_and_world(), processes.pick_precision(config.precision, device)
     videos = data.few_labels(store.labels(labels), config.few, config.seed)
     epochs = config.epochs * (config.scratch_epochs if config.from_scratch else 1)
@@ -185,7 +190,7 @@ def train(config, model, store, labels, device):
     shape = model.backbone.config
     say(f"{len(videos)} videos, {shape.frames} x {shape.height} x {shape.width} tokens a clip, on {world} x "
         f"{processes.device_name(device)}: {config.micro_batch} clips at a time{memory}")
-    training = runs.Run(config, model, len(videos), epochs, BETAS, device)
+    training = runs.Run(config, model, len(videos), epochs, BETAS, device, tokens)
     samples = data.RandomClips(store, labels, shape.frames, data.stride_for(store, config.fps), config.seed)
     batches = data.Batches(videos, config.batch, training.steps, training.first, config.seed, rank, world)
     loader = iter(DataLoader(samples, batch_sampler=batches, num_workers=config.workers))
@@ -198,7 +203,7 @@ def train(config, model, store, labels, device):
 
 
 def prepare(config, device):
-    """Stores and model -> ({split: TokenStore}, label set, class names, Classifier)."""
+    """Stores and model -> ({split: TokenStore}, label set, class names, Classifier, how the tokens were made)."""
     splits = [config.eval_split] if config.eval_only else ["train", config.eval_split]
     stores = {split: data.open_store(config.data, f"{split}{config.split or ''}", *[split] * (config.split == 1))
               for split in splits}  # split 1 may also be called by its part alone
@@ -213,16 +218,34 @@ def prepare(config, device):
     if config.from_scratch:
         backbone = VideoTransformer(backbone.config)
     backbone.recompute = config.recompute
+    known = runs.read_checkpoint(config.checkpoint).get("tokens", {})
     for store in stores.values():
         if store.header["vocab_size"] != backbone.config.vocab_size:
             raise UserError(f"{store.path} holds {store.header['vocab_size']} codes, "
                             f"the model of {config.checkpoint} knows {backbone.config.vocab_size}")
+        if (own := store.header["fingerprint"]) != known.get("fingerprint", own):
+            raise UserError(f"{store.path} was made with another tokenizer ({store.header['tokenizer']}, {own}) than "
+                            f"the tokens of {config.checkpoint} ({known['tokenizer']}, {known['fingerprint']})")
     model = Classifier(backbone, classes)
     if config.eval_only:
-        model.load_classifier(config.checkpoint)
+        trained = trained_classifier(config.checkpoint)
+        if len(trained["weight"]) != classes:
+            raise UserError(f"{config.checkpoint} tells {len(trained['weight'])} classes apart, "
+                            f"the labels have {classes}")
+        model.classifier.load_state_dict(trained)
     if config.lr is None:
         config.lr = 5e-5 if backbone.config.dim >= 1024 else 1e-4
-    return stores, labels, names, model.to(device)
+    tokens = predict.origin(stores[config.eval_split], known.get("tokenizer", ""), labels=labels, classes=names)
+    return stores, labels, names, model.to(device), tokens
+
+
+def predict_videos(config, device, precision):
+    """The whole of --predict."""
+    trained = trained_classifier(config.checkpoint)
+    model = Classifier(load_backbone(config.checkpoint), len(trained["weight"]))
+    model.classifier.load_state_dict(trained)
+    Path(config.out).mkdir(parents=True, exist_ok=True)
+    predict.classify(config, model.to(device), precision)
 
 
 def main():
@@ -230,7 +253,9 @@ def main():
     processes.launch(config.gpus)
     device = processes.pick_device(config.device)
     precision = processes.pick_precision(config.precision, device)
-    stores, labels, names, model = prepare(config, device)
+    if config.predict:
+        return predict_videos(config, device, precision)
+    stores, labels, names, model, tokens = prepare(config, device)
     world = rank_and_world()[1]
     if "train" in stores:
         videos = min(config.few or len(stores["train"]), len(stores["train"]))
@@ -238,7 +263,7 @@ def main():
     if config.batch % world or config.batch < 1:
         raise UserError(f"--batch {config.batch}: it must be a multiple of the {world} processes")
     if not config.eval_only:
-        train(config, model, stores["train"], labels, device)
+        train(config, model, stores["train"], labels, device, tokens)
     store = stores[config.eval_split]
     with torch.compiler.set_stance("force_eager"), memory_explained(config):  # not worth compiling for each shape
         p = evaluate(model, store, config, device, precision).cpu()  # (videos, C)

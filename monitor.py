@@ -90,9 +90,9 @@ def report(config, model, store, tokenizer=None):
     records, held_out = read_metrics(config.out), data.hold_out(len(store), config.held_out)[1]
     names = sorted({key for record in records for key in record if key.startswith("knn_")})
     draw_curves(config.out, {
-        "masked-token accuracy": {"training": "mask_accuracy", "held out": "held_out_mask_accuracy"},
-        "contrastive loss (with gamma)": {"training": "contrastive_loss", "held out": "held_out_contrastive_loss"},
-        "kNN accuracy": {name.removeprefix("knn_"): name for name in names}})
+        "masked-token accuracy, share": {"training": "mask_accuracy", "held out": "held_out_mask_accuracy"},
+        "contrastive loss, gamma x nats": {"training": "contrastive_loss", "held out": "held_out_contrastive_loss"},
+        "kNN accuracy, share": {name.removeprefix("knn_"): name for name in names}})
     prefix = "held_out_" * (len(held_out) > 0 and any("held_out_mask_accuracy" in record for record in records))
     for m in [record for record in records if f"{prefix}mask_accuracy" in record][-1:]:
         accuracy, contrast = 100 * m[f"{prefix}mask_accuracy"], m[f"{prefix}contrastive_loss"]
@@ -103,9 +103,12 @@ def report(config, model, store, tokenizer=None):
         print(f"kNN on {name.removeprefix('knn_')}: {100 * values[-1]:.1f}% (untrained: {100 * values[0]:.1f}%)")
     if tokenizer:
         shown = held_out if len(held_out) else np.arange(len(store))
+        shown = shown[data.spread(6, len(shown))]
         with torch.compiler.set_stance("force_eager"):
-            save_fill_in(fill_in(model, tokenizer, store, shown[data.spread(6, len(shown))], config.clip_fps(store),
-                                 torch.Generator().manual_seed(config.seed), **config.masks()), config.out)
+            pictures = fill_in(model, tokenizer, store, shown, config.clip_fps(store),
+                               torch.Generator().manual_seed(config.seed), **config.masks())
+        save_fill_in(pictures, [Path(store.name(video)).name for video in shown], Path(config.out) / "fill_in",
+                     " (videos held out of training)" if len(held_out) else "")
     print(f"{config.out}: last.pt, metrics.jsonl, curves.png{', fill_in.png, fill_in.gif' if tokenizer else ''}")
 
 
@@ -127,34 +130,48 @@ def copied(tokens, mask, over_time):
 
 
 @torch.no_grad()
+def fill_in_clip(model, tokenizer, clip, original, generator, **masks):
+    """Fig. 5 for one clip, int64 (T, H, W), and its frames, uint8 (T, S, S, 3): original, after the tokenizer, masked,
+    filled in -> uint8 (4, T, S, S, 3). masks: as for `masking.prepare`."""
+    device, vocab_size = model.backbone.cls.device, model.backbone.config.vocab_size
+    tokens, inputs, mask, _ = masking.prepare(clip[None, None], vocab_size, generator=generator,
+                                              **masks)  # (1, T, H, W) each
+    hidden = mask.flatten().nonzero().squeeze(1)  # (M,)
+    logits, _ = model.eval()(inputs.to(device), hidden.to(device))  # (M, V + 5)
+    filled = tokens.flatten().index_put((hidden,), logits[:, :vocab_size].argmax(dim=1).cpu()).view_as(tokens)
+    pad = tokens == vocab_size + PAD
+    decoded, restored = (tokenizer.decode(t.masked_fill(pad, 0)[0]).cpu().numpy() for t in (tokens, filled))
+    rows = np.stack([original, decoded, chequered(decoded, mask[0].numpy()), restored])  # (4, T, S, S, 3)
+    rows[:, enlarged(pad[0].numpy(), rows.shape[2])] = 255
+    return rows
+
+
 def fill_in(model, tokenizer, store, videos, fps, generator, **masks):
-    """Fig. 5 for some videos of a store: original, after the tokenizer, masked, filled in
-    -> uint8 (videos, 4, T, S, S, 3). fps: frames a second of the clips. masks: as for `masking.prepare`."""
-    model.eval()
-    device, frames = model.backbone.cls.device, model.backbone.config.frames
-    view, vocab_size = store.center_view(), store.header["vocab_size"]
-    middle = data.EvenClips(store, frames, data.stride_for(store, fps), 1, [view])
-    pictures = []
+    """`fill_in_clip` for the middle clips of some videos of a store -> uint8 (videos, 4, T, S, S, 3).
+
+    fps: frames a second of the clips."""
+    view, stride, pictures = store.center_view(), data.stride_for(store, fps), []
     for video in videos:
-        tokens, inputs, mask, _ = masking.prepare(torch.from_numpy(middle[video])[None], vocab_size,
-                                                  generator=generator, **masks)  # (1, T, H, W) each
-        hidden = mask.flatten().nonzero().squeeze(1)  # (M,)
-        logits, _ = model(inputs.to(device), hidden.to(device))  # (M, V + 5)
-        filled = tokens.flatten().index_put((hidden,), logits[:, :vocab_size].argmax(dim=1).cpu()).view_as(tokens)
-        pad = tokens == vocab_size + PAD
-        decoded, restored = (tokenizer.decode(t.masked_fill(pad, 0)[0]).cpu().numpy() for t in (tokens, filled))
-        rows = np.stack([original_frames(store, video, view, middle), decoded,
-                         chequered(decoded, mask[0].numpy()), restored])  # (4, T, S, S, 3)
-        rows[:, enlarged(pad[0].numpy(), rows.shape[2])] = 255
-        pictures.append(rows)
+        clip = middle_clip(store.tokens(video, view), model.backbone.config, stride)
+        pictures.append(fill_in_clip(model, tokenizer, clip, original_frames(store, video, view, len(clip), stride),
+                                     generator, **masks))
     return np.stack(pictures)
 
 
-def original_frames(store, video, view, clips):
-    """The pixels that the only clip of `clips` (an EvenClips) was made from -> uint8 (T, S, S, 3); the last frame again
-    beyond the video's end."""
+def middle_clip(tokens, config, stride):
+    """The middle clip of one view's tokens (F, H, W), of the size of a TransformerConfig -> int64 (T, H, W)."""
+    return torch.from_numpy(data.even_clips(tokens, config.frames, stride, 1, config.vocab_size)[0])
+
+
+def middle_frames(frames, count, stride):
+    """The frames that the middle clip of so many was made from, of (F, S, S, 3) -> (T, S, S, 3); beyond the video's end
+    the last one again."""
+    places = data.even_starts(len(frames), count, stride, 1)[0] + np.arange(count) * stride
+    return frames[places.clip(max=len(frames) - 1)]
+
+
+def original_frames(store, video, view, count, stride):
+    """The pixels of a video's middle clip -> uint8 (T, S, S, 3)."""
     resize, crop, flip = store.header["views"][view]
     path, size = Path(store.header["root"]) / store.name(video), store.header["size"]
-    frames = read_frames(path, store.header["fps"], size, crop, flip, resize)
-    places = clips.starts(len(frames))[0] + np.arange(clips.frames) * clips.stride
-    return frames[places.clip(max=len(frames) - 1)]
+    return middle_frames(read_frames(path, store.header["fps"], size, crop, flip, resize), count, stride)

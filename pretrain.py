@@ -4,6 +4,7 @@
     python pretrain.py --videos DIR                    a folder of any videos
     python pretrain.py --preset small --data tokens/howto100m --gpus 8        the paper's models
     torchrun --nnodes 2 --nproc-per-node 8 ... pretrain.py ...                several machines
+    python pretrain.py --fill-in VIDEO ... --checkpoint runs/toy/last.pt      what a model fills in in any videos
 
 A run lives in runs/NAME: config.json, last.pt, metrics.jsonl, curves.png, fill_in.png and .gif, TensorBoard events.
 
@@ -21,6 +22,7 @@ from torch.utils.data import DataLoader
 import data
 import masking
 import monitor
+import predict
 import toy
 import vqvae
 from contrastive import ProjectionHead, cached_gradients, contrastive_loss, join, with_gradients
@@ -54,6 +56,8 @@ class Config(runs.RunSettings):
     tokenizer: str = option("", "tokenizer of the videos or of the store (default: train one on the videos)")
     monitor: str = option("", "folder with labelled token stores train and val or test, for the kNN accuracy")
     init: str = option("", "checkpoint, ours or a released one, whose weights a new schedule starts from")
+    fill_in: tuple = option((), "video files to fill in: pictures of what a checkpoint predicts, in place of training")
+    checkpoint: str = option("", "of --fill-in, ours or a released one (default: the run's last.pt)")
     resume_from: str = option("", "checkpoint of another run whose schedule to go on with, also at another clip size")
     # the model
     layers: int = option(6, "transformer layers")
@@ -107,6 +111,7 @@ class Config(runs.RunSettings):
                 raise UserError(f"{flag} {path}: give the new run a folder of its own with --out")
         if (self.videos and self.data) or (self.init and self.resume_from):
             raise UserError("--videos and --data, --init and --resume-from: give one of them")
+        self.checkpoint = self.checkpoint or f"{self.out}/last.pt"
         self.transformer(vocab_size=1, height=1, width=1)
 
     def transformer(self, vocab_size, height, width):
@@ -164,6 +169,20 @@ class Vimpac(nn.Module):
                 raise UserError(f"this model has no place for {', '.join(sorted(state))}")
         model = cls(replace(backbone.config, layers=1), 1, 1)  # small, as all of it is replaced
         model.backbone, model.token_head, model.projection_head = backbone, token_head, projection_head
+        return model
+
+    @classmethod
+    def load(cls, path):
+        """A whole model from a pre-training checkpoint, ours or a released one. UserError for any other file."""
+        checkpoint = runs.read_checkpoint(path)
+        if "transformer" not in checkpoint:
+            return cls.from_released(path)
+        config = checkpoint["config"]
+        if "projection_hidden" not in config:
+            raise UserError(f"{path} is of fine-tuning: it has no token head any more")
+        model = cls(TransformerConfig(**checkpoint["transformer"]), config["projection_hidden"],
+                    config["projection_layers"])
+        runs.load_weights(model, checkpoint["model"], path)
         return model
 
 
@@ -263,13 +282,9 @@ def prepare(config, device):
 
 def initialise(model, path):
     """Loads the weights of another run's checkpoint, or of a released one; its clip size is interpolated to ours."""
-    checkpoint = runs.read_checkpoint(path)
-    if "transformer" in checkpoint:
-        before, weights = checkpoint["transformer"], checkpoint["model"]
-    else:
-        other = Vimpac.from_released(path)
-        before, weights = asdict(other.backbone.config), other.state_dict()
-    runs.check_shape(path, before, model)
+    other = Vimpac.load(path)
+    weights = other.state_dict()
+    runs.check_shape(path, asdict(other.backbone.config), model)
     runs.resize_tables(model, weights, resize_table)
     runs.load_weights(model, weights, path)
     say(f"starting from {path}")
@@ -285,7 +300,7 @@ def try_out(model, config, precision, videos):
     (loss + cls.sum()).backward()
 
 
-def train(config, model, store, device, monitor_folder):
+def train(config, model, store, device, tokenizer_path, monitor_folder):
     """The whole of pre-training, from config.out/last.pt on where --resume asks for it."""
     videos, held_out = data.hold_out(len(store), config.held_out)
     rank, world = rank_and_world()
@@ -296,7 +311,8 @@ def train(config, model, store, device, monitor_folder):
     memory = fit(config, model, config.batch // world, device, partial(try_out, model, config, precision))
     say(f"{config.preset} on {world} x {processes.device_name(device)}: "
         f"{described(config, config.batch // world, config.own_group(world))}{memory}")
-    training = runs.Run(config, model, len(videos), config.epochs, BETAS, device, config.stop_after,
+    training = runs.Run(config, model, len(videos), config.epochs, BETAS, device,
+                        predict.origin(store, tokenizer_path), config.stop_after,
                         resize=resize_table, resume_from=config.resume_from,
                         init=config.init and partial(initialise, model, config.init))
     batches = data.Batches(videos, config.batch, training.end, training.first, config.seed, rank, world)
@@ -330,6 +346,8 @@ def main():
     processes.launch(config.gpus)
     device = processes.pick_device(config.device)
     processes.pick_precision(config.precision, device)  # refused before anything is made
+    if config.fill_in:
+        return predict.fill_in(config, Vimpac.load(config.checkpoint).to(device))
     store, tokenizer_path, monitor_folder = prepare(config, device)
     videos = len(data.hold_out(len(store), config.held_out)[0])
     share_out(config, videos, rank_and_world()[1])
@@ -340,7 +358,7 @@ def main():
     say(f"{videos} videos, {shape.frames} x {shape.height} x {shape.width} tokens a clip, "
         f"{sum(p.numel() for p in model.backbone.parameters()) / 1e6:.2f}M parameters, "
         f"{config.mask} masks{f' of {blocks} cuboids' if config.mask == 'block' else ''}, on {device}")
-    train(config, model, store, device, monitor_folder)
+    train(config, model, store, device, tokenizer_path, monitor_folder)
     processes.leave_group()
     monitor.report(config, model, store, tokenizer_path and vqvae.load_tokenizer(tokenizer_path).to(device))
 

@@ -75,10 +75,12 @@ def parse(config_class, argv, description, presets=None, chosen_by="preset", pro
     for f in sorted(fields(config_class), key=lambda f: f.name not in own):  # inherited ones last
         assert f.default is not MISSING, f"{f.name} needs a default"
         value, text = getattr(in_force, f.name), f.metadata["help"].replace("%", "%%")
-        text += "" if value in (None, "") else f" (default: {value})"
+        text += "" if value in (None, "", ()) else f" (default: {value})"
         kind = next(k for k in get_args(f.type) if k is not type(None)) if isinstance(f.type, UnionType) else f.type
         if kind is bool:
             parser.add_argument(flag(f), action=argparse.BooleanOptionalAction, default=f.default, help=text)
+        elif kind is tuple:
+            parser.add_argument(flag(f), nargs="+", default=f.default, help=text, metavar="FILE")
         else:
             parser.add_argument(flag(f), type=kind, default=f.default, choices=f.metadata["choices"], help=text,
                                 metavar=None if f.metadata["choices"] else kind.__name__.upper())

@@ -219,12 +219,13 @@ class Run:
     TensorBoard events and last.pt, which only the first process writes.
 
     videos: how many it trains on. epochs: of the schedule, of which it ends after stop_after, where that is not 0.
+    tokens: how they were made, `predict.origin`.
     beginning: see `start`. A run that goes on from a checkpoint drops the metrics after it, and begins with those of
     another run that it continues. One that begins makes an earlier run's last.pt last.old.pt: no restart goes on there.
     """
 
-    def __init__(self, config, model, videos, epochs, betas, device, stop_after=0.0, **beginning):
-        self.config, self.model, self.videos, self.out = config, model, videos, Path(config.out)
+    def __init__(self, config, model, videos, epochs, betas, device, tokens, stop_after=0.0, **beginning):
+        self.config, self.model, self.videos, self.tokens, self.out = config, model, videos, tokens, Path(config.out)
         self.rank, self.world = rank_and_world()
         self.precision = pick_precision(config.precision, device)
         self.steps = config.steps or max(1, int(epochs * videos) // config.batch)
@@ -260,7 +261,7 @@ class Run:
             if self.due(step, self.config.save_every) and self.rank == 0:
                 save_checkpoint(self.out / "last.pt", {
                     "model": self.model.state_dict(), **self.optimizer.state_dict(), "step": step + 1,
-                    "steps": self.steps, "config": asdict(self.config),
+                    "steps": self.steps, "config": asdict(self.config), "tokens": self.tokens,
                     "transformer": asdict(self.model.backbone.config)})
         if self.board:
             self.board.close()

@@ -117,6 +117,15 @@ class StoreWriter:
         self.journal.close()
 
 
+def cut(tokens, start, frames, stride, vocab_size):
+    """A clip of every stride-th frame of tokens (F, H, W) -> int64 (T, H, W); frames beyond the end are whole frames of
+    PAD."""
+    part = tokens[start:start + (frames - 1) * stride + 1:stride]
+    clip = np.full((frames, *tokens.shape[1:]), vocab_size + PAD, np.int64)
+    clip[:len(part)] = part
+    return clip
+
+
 class TokenStore:
     """A finished token store, memory-mapped: opening it reads no tokens, however many videos it holds.
 
@@ -157,11 +166,8 @@ class TokenStore:
         return self._shards[shard][start:start + size].reshape(frames, self.height, self.width)
 
     def cut(self, i, start, frames, stride, view=0):
-        """A clip of every stride-th frame -> int64 (T, H, W); frames beyond the video's end are whole frames of PAD."""
-        clip = np.full((frames, self.height, self.width), self.header["vocab_size"] + PAD, np.int64)
-        part = self.tokens(i, view)[start:start + (frames - 1) * stride + 1:stride]
-        clip[:len(part)] = part
-        return clip
+        """A clip of one view of a video -> int64 (T, H, W), see the function `cut`."""
+        return cut(self.tokens(i, view), start, frames, stride, self.header["vocab_size"])
 
     def center_view(self):
         """Which view is the frame's centre at the model's own size: the one that pre-training sees."""

@@ -27,6 +27,12 @@ def frames_at_once(batch, size):
     return max(1, min(batch, batch * 128 ** 2 // size ** 2))
 
 
+def encode(tokenizer, frames, batch=256):
+    """All views of one video, uint8 (views, F, S, S, 3) -> int64 (views, F, H, W). batch: see `frames_at_once`."""
+    parts = torch.from_numpy(frames).flatten(0, 1).split(frames_at_once(batch, frames.shape[2]))
+    return torch.cat([tokenizer.encode(part) for part in parts]).unflatten(0, frames.shape[:2]).cpu().numpy()
+
+
 def tokenize(tokenizer, videos, root, out, fps, size, views, name, classes=None, spans=None, workers=None, batch=256):
     """Decodes and tokenises videos into a token store; what an earlier call wrote already is kept.
 
@@ -35,7 +41,7 @@ def tokenize(tokenizer, videos, root, out, fps, size, views, name, classes=None,
     Files that cannot be decoded are listed in out/errors.txt, and said.
     """
     rank, world = rank_and_world()
-    root, at_once = os.path.abspath(root), frames_at_once(batch, size)
+    root = os.path.abspath(root)
     writer = StoreWriter(out, {
         "tokenizer": name, "fingerprint": fingerprint(tokenizer), "arithmetic": tokenizer.arithmetic,
         "vocab_size": tokenizer.vocab_size, "fps": fps, "size": size, "height": size // 8, "width": size // 8,
@@ -50,11 +56,10 @@ def tokenize(tokenizer, videos, root, out, fps, size, views, name, classes=None,
         if isinstance(frames, VideoError):
             errors.append(str(frames))
             continue
-        parts = torch.from_numpy(frames.reshape(-1, size, size, 3)).split(at_once)
-        tokens = torch.cat([tokenizer.encode(part) for part in parts]).cpu().numpy()  # (views * F, H, W)
+        tokens = encode(tokenizer, frames, batch)  # (views, F, H, W)
         number, relative, labels = todo[path]
-        writer.add(number, relative, tokens.reshape(*frames.shape[:2], *tokens.shape[1:]), labels)
-        done += len(tokens)
+        writer.add(number, relative, tokens, labels)
+        done += tokens.shape[0] * tokens.shape[1]
         bar.set_postfix_str(f"{done / (time.perf_counter() - start):.0f} frames/s", refresh=False)
     finish_store(writer, errors, len(videos))
 

@@ -215,7 +215,7 @@ def test_fine_tuning_takes_released_weights_and_classifiers(tmp_path):
     state |= {"cls_fc.weight": torch.randn(7, 128), "cls_fc.bias": torch.randn(7)}
     torch.save(state, tmp_path / "classifier.pt")
     model = finetune.Classifier(load_backbone(tmp_path / "classifier.pt"), 7)
-    model.load_classifier(tmp_path / "classifier.pt")
+    model.classifier.load_state_dict(finetune.trained_classifier(tmp_path / "classifier.pt"))
     assert torch.equal(model.classifier.weight, state["cls_fc.weight"])
     assert torch.equal(model.backbone.embedding.weight, state["backbone.embedding.weight"])
 

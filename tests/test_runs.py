@@ -182,7 +182,7 @@ def test_only_a_resumed_or_restarted_run_goes_on_from_a_checkpoint(tmp_path, mon
 
 def start(out, **changes):
     return runs.Run(Settings(out=str(out), steps=6, save_every=2, **changes), Model(), 10, 1.0, (0.9, 0.98),
-                    torch.device("cpu"))
+                    torch.device("cpu"), {})
 
 
 def test_a_run_goes_on_where_it_stopped_and_drops_the_metrics_after_it(tmp_path):
@@ -223,5 +223,5 @@ def test_a_line_of_metrics_holds_the_means_since_the_last_and_a_loss_of_nan_stop
 
 def test_epochs_are_passes_over_the_videos(tmp_path):
     for videos, epochs, steps in ((10, 1.0, 5), (11, 2.0, 11), (9, 0.5, 2), (2, 0.1, 1)):
-        run = runs.Run(Settings(out=str(tmp_path)), Model(), videos, epochs, (0.9, 0.98), torch.device("cpu"))
+        run = runs.Run(Settings(out=str(tmp_path)), Model(), videos, epochs, (0.9, 0.98), torch.device("cpu"), {})
         assert run.steps == steps

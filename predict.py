@@ -1,0 +1,115 @@
+"""What a trained model makes of any video file: what it fills in (Fig. 5), and which class it takes the video for.
+
+    python pretrain.py --fill-in VIDEO ... --checkpoint RUN/last.pt
+    python finetune.py --predict VIDEO ... --checkpoint RUN/last.pt
+
+A video is tokenised as those were that the model was trained on: a checkpoint says how.
+
+Shapes: F frames of a video, S frame side in pixels, T frames of a clip, H x W tokens a frame, C classes.
+"""
+import os
+from pathlib import Path
+
+import numpy as np
+import torch
+
+import data
+import monitor
+from plumbing import processes
+from plumbing.cli import UserError
+from plumbing.decoding import VideoError, read_views
+from plumbing.pictures import draw_prediction, save_fill_in
+from plumbing.runs import read_checkpoint
+from plumbing.tokenizing import encode, fingerprint
+from vqvae import load_tokenizer
+
+
+def origin(store, tokenizer="", **more):
+    """How a store's tokens were made -> dict that goes into a checkpoint. tokenizer: its file, where that is known."""
+    known = {key: store.header[key] for key in ("tokenizer", "fingerprint", "fps", "size", "views")}
+    return known | ({"tokenizer": os.path.abspath(tokenizer)} if tokenizer else {}) | more
+
+
+def read_origin(config, backbone):
+    """Finds the tokenizer of config.checkpoint -> it, `origin`'s dict, the settings that the model was trained with.
+
+    Taken from the flags where the checkpoint, such as a released one, does not say them. Raises UserError where the
+    tokenizer is not found, or is not the one of the training.
+    """
+    checkpoint, shape = read_checkpoint(config.checkpoint), backbone.config
+    size = 8 * shape.height
+    made = {"tokenizer": "", "fps": config.fps, "size": size, "views": [[size, "center", False]],
+            **checkpoint.get("tokens", {})}
+    named = Path(config.tokenizer or made["tokenizer"])
+    places = [named] if config.tokenizer else [named, Path(config.checkpoint).parent / named.name]
+    found = next((place for place in places if place.is_file()), None)
+    if found is None:
+        wanted = f"of its tokenizer {named}, or beside it" if named.name else "of its tokenizer"
+        raise UserError(f"{named}: there is no such file" if config.tokenizer else
+                        f"{config.checkpoint}: where the checkpoint says nothing {wanted} is found: give --tokenizer")
+    tokenizer = load_tokenizer(found).to(backbone.cls.device)
+    own = fingerprint(tokenizer)
+    if own != made.get("fingerprint", own) or tokenizer.vocab_size != shape.vocab_size:
+        raise UserError(f"{found} ({tokenizer.vocab_size} codes, {own}) is not the tokenizer of {config.checkpoint} "
+                        f"({shape.vocab_size} codes, {made.get('fingerprint', 'fingerprint unknown')})")
+    return tokenizer, made, checkpoint.get("config", {})
+
+
+def each_video(paths, tokenizer, made, views):
+    """Decodes and tokenises files -> yields (Path, uint8 (views, F, S, S, 3), int64 (views, F, H, W)).
+
+    One that cannot be decoded is said and left out. Raises UserError at the end where none could.
+    """
+    read = 0
+    for path in paths:
+        try:
+            frames = read_views(path, made["fps"], made["size"], views)
+        except VideoError as error:
+            print(f"skipped {error}")
+            continue
+        yield Path(path), frames, encode(tokenizer, frames)
+        read += 1
+    if not read:
+        raise UserError("none of the videos could be read")
+
+
+def fill_in(config, model):
+    """The pictures of pretrain.py --fill-in, beside the checkpoint. config: pretrain.Config. model: Vimpac."""
+    tokenizer, made, trained = read_origin(config, model.backbone)
+    stride = max(1, round((trained.get("min_stride", 1) + trained.get("max_stride", 1)) / 2))
+    center, frames = [(made["size"], "center", False)], model.backbone.config.frames
+    for path, (video,), (tokens,) in each_video(config.fill_in, tokenizer, made, center):
+        clip = monitor.middle_clip(tokens, model.backbone.config, stride)
+        picture = monitor.fill_in_clip(model, tokenizer, clip, monitor.middle_frames(video, frames, stride),
+                                       torch.Generator().manual_seed(config.seed), **config.masks())
+        place = Path(config.checkpoint).with_name(f"fill_in-{path.stem}")
+        save_fill_in(picture[None], [path.name], place)
+        print(f"{path}: {place}.png, {place.name}.gif")
+
+
+@torch.no_grad()
+def classify(config, model, precision):
+    """The lines and pictures of finetune.py --predict: the five likeliest classes of each file, and over time.
+
+    config: finetune.Config. model: Classifier. A video's probabilities are the mean over clips and views, as at test.
+    """
+    shape, model = model.backbone.config, model.eval()
+    tokenizer, made, trained = read_origin(config, model.backbone)
+    fps, count = trained.get("fps", config.fps), trained.get("clips", config.clips)
+    stride = max(1, round(made["fps"] / fps))
+    names = made.get("classes") or [f"class {i}" for i in range(model.classifier.out_features)]
+    for path, frames, tokens in each_video(config.predict, tokenizer, made, made["views"]):
+        clips = torch.from_numpy(np.concatenate(
+            [data.even_clips(view, shape.frames, stride, count, shape.vocab_size) for view in tokens]))
+        with processes.autocast(model.backbone.cls.device, precision):
+            logits = torch.cat([model(part.to(model.backbone.cls.device)) for part in clips.split(16)])
+        p = 100 * logits.float().softmax(dim=-1).unflatten(0, (len(tokens), count)).mean(dim=0).cpu()  # (clips, C)
+        chance, best = p.mean(dim=0).topk(min(5, len(names)))
+        said = ", ".join(f"{names[i]} {percent:.1f}%" for i, percent in zip(best.tolist(), chance.tolist()))
+        print(f"{path}: {said}")
+        view, length = next((i for i, v in enumerate(made["views"]) if v[1] == "center"), 0), tokens.shape[1]
+        shown, starts = data.spread(8, length), data.even_starts(length, shape.frames, stride, count)
+        middles = (starts + (min(length, (shape.frames - 1) * stride + 1) - 1) / 2) / made["fps"]  # seconds
+        draw_prediction(frames[view][shown], tokens[view][shown], shown / made["fps"],
+                        {names[i]: list(zip(middles, p[:, i].tolist())) for i in best.tolist()},
+                        Path(config.out) / f"predict-{path.stem}.png", f"{path.name}: {said.split(',')[0]}")

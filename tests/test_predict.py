@@ -1,0 +1,134 @@
+"""Any video file through a trained model: what it fills in, which class it takes it for."""
+import re
+import shutil
+
+import imageio.v2 as imageio
+import numpy as np
+import pytest
+import torch
+from conftest import call, flags
+from test_dalle import released  # noqa: F401 (a fixture)
+from test_released import SMALL, released_state
+
+import data
+import finetune
+import monitor
+import pretrain
+import toy
+import vqvae
+from plumbing import runs
+
+VIDEO = "datasets/toy/videos/{:05d}.mp4"
+FINETUNE = dict(steps=3, batch=4, device="cpu", precision="fp32", out="runs/tuned", clips=3)
+
+
+@pytest.fixture(scope="module")
+def tuned(workplace):
+    """The folder of a toy world with a fine-tuned model, which is sure of some class."""
+    done = call(finetune, *flags(FINETUNE), "--lr", 0.03, "--seed", 1, place=workplace)
+    assert done.returncode == 0, done.stderr
+    return workplace
+
+
+def likeliest(line):
+    """"a.mp4: spin 98.2%, scale 1.8%" -> {"spin": 98.2, "scale": 1.8}"""
+    return {name: float(percent) for name, percent in re.findall(r"([\w-]+) ([\d.]+)%", line.split(": ", 1)[1])}
+
+
+def test_a_file_gets_the_probabilities_that_the_test_gave_it(tuned):
+    """From the video file alone, with the checkpoint's own tokenizer, frame rate, clips and class names."""
+    store = data.TokenStore(tuned / "datasets/toy/tokens/test")
+    path = tuned / "runs/tuned/last.pt"
+    config = finetune.Config(**flags_of(path))
+    model = finetune.Classifier(finetune.load_backbone(path), 4)
+    model.classifier.load_state_dict(finetune.trained_classifier(path))
+    p = finetune.evaluate(model, store, config, torch.device("cpu"), torch.float32)
+    videos = [tuned / "datasets/toy" / store.name(i) for i in (0, 3)]
+    done = call(finetune, "--predict", *videos, "--checkpoint", path, "--device", "cpu", "--fps", 1, "--clips", 1)
+    assert done.returncode == 0, done.stderr
+    for line, video, expected in zip(done.stdout.splitlines(), videos, p[[0, 3]].tolist()):
+        assert line.startswith(f"{video}: ")
+        found = likeliest(line)
+        assert list(found.values()) == sorted(found.values(), reverse=True)
+        assert found == pytest.approx({name: 100 * x for name, x in zip(toy.MOTIONS, expected)}, abs=0.06)
+        assert imageio.imread(tuned / f"runs/tuned/predict-{video.stem}.png").std() > 10
+    assert p.std() > 0.01  # else any file would do
+
+
+def flags_of(path):
+    return torch.load(path, weights_only=True)["config"]
+
+
+def test_what_cannot_be_read_is_named_and_the_rest_is_told(tuned):
+    (tuned / "bad.mp4").write_text("no video")
+    some = call(finetune, "--predict", "bad.mp4", VIDEO.format(0), "nowhere.mp4", "--checkpoint", "runs/tuned/last.pt",
+                place=tuned)
+    lines = some.stdout.splitlines()
+    assert some.returncode == 0 and len(lines) == 3, some.stderr
+    assert lines[0].startswith("skipped bad.mp4: ") and lines[2].startswith("skipped nowhere.mp4: ")
+    none = call(finetune, "--predict", "bad.mp4", "--checkpoint", "runs/tuned/last.pt", place=tuned)
+    assert none.returncode == 2 and none.stderr == "finetune.py: none of the videos could be read\n"
+    only = call(finetune, "--predict", VIDEO.format(0), "--checkpoint", "runs/toy/last.pt", place=tuned)
+    assert only.returncode == 2 and "holds no classifier" in only.stderr
+
+
+def test_the_fill_in_of_a_file_is_that_of_its_video_in_the_store(tuned):
+    done = call(pretrain, "--fill-in", VIDEO.format(2), "--checkpoint", "runs/toy/last.pt", "--seed", 5, place=tuned)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout == f"{VIDEO.format(2)}: runs/toy/fill_in-00002.png, fill_in-00002.gif\n"
+    assert len(imageio.mimread(tuned / "runs/toy/fill_in-00002.gif")) == 5
+    drawn = imageio.imread(tuned / "runs/toy/fill_in-00002.png")
+    store, config = data.TokenStore(tuned / "datasets/toy/tokens/pretrain"), flags_of(tuned / "runs/toy/last.pt")
+    store.header["root"], config = str(tuned / "datasets/toy"), pretrain.Config(**config)
+    model = pretrain.Vimpac.load(tuned / "runs/toy/last.pt")
+    expected = monitor.fill_in(model, vqvae.load_tokenizer(tuned / "datasets/toy/tokenizer.pt"), store, [2],
+                               config.clip_fps(store), torch.Generator().manual_seed(5), **config.masks())
+    monitor.save_fill_in(expected, ["00002.mp4"], tuned / "expected")
+    assert np.array_equal(drawn, imageio.imread(tuned / "expected.png"))
+    other = call(pretrain, "--fill-in", VIDEO.format(2), "--checkpoint", "runs/tuned/last.pt", place=tuned)
+    assert other.returncode == 2 and "fine-tuning" in other.stderr
+
+
+def test_the_tokenizer_is_the_checkpoints_own_or_refused(tuned, tmp_path):
+    """Found where it was, or beside the checkpoint where both have moved; one of other weights is never taken."""
+    ask = ["--predict", tuned / VIDEO.format(1), "--checkpoint", tmp_path / "last.pt"]
+    checkpoint = runs.read_checkpoint(tuned / "runs/tuned/last.pt")
+    before = call(finetune, *ask[:2], "--checkpoint", tuned / "runs/tuned/last.pt").stdout
+    checkpoint["tokens"]["tokenizer"] = "/elsewhere/tokenizer.pt"
+    torch.save(checkpoint, tmp_path / "last.pt")
+    lost = call(finetune, *ask)
+    assert lost.returncode == 2 and "/elsewhere/tokenizer.pt" in lost.stderr and "--tokenizer" in lost.stderr
+    shutil.copy(tuned / "datasets/toy/tokenizer.pt", tmp_path)
+    assert call(finetune, *ask).stdout == before
+    vqvae.save_tokenizer(vqvae.VQVAE(256), tmp_path / "other.pt")
+    other = call(finetune, *ask, "--tokenizer", tmp_path / "other.pt")
+    assert other.returncode == 2 and "is not the tokenizer of" in other.stderr
+    typo = call(finetune, *ask, "--tokenizer", tmp_path / "typo.pt")
+    assert typo.returncode == 2 and typo.stderr == f"finetune.py: {tmp_path / 'typo.pt'}: there is no such file\n"
+
+
+def test_fine_tuning_refuses_tokens_of_another_tokenizer(tuned, tmp_path):
+    checkpoint = runs.read_checkpoint(tuned / "runs/toy/last.pt")
+    checkpoint["tokens"]["fingerprint"] = "0123456789ab"
+    torch.save(checkpoint, tmp_path / "last.pt")
+    done = call(finetune, *flags(FINETUNE), "--checkpoint", tmp_path / "last.pt", place=tuned)
+    assert done.returncode == 2 and "another tokenizer" in done.stderr and "0123456789ab" in done.stderr
+
+
+def test_a_released_checkpoint_with_the_papers_tokenizer(released, tuned):  # noqa: F811
+    folder = released[0]
+    state = {key: value for key, value in released_state(**SMALL).items() if key.startswith("backbone.")}
+    state |= {"cls_fc.weight": torch.randn(7, 128), "cls_fc.bias": torch.zeros(7)}
+    torch.save(state, folder / "classifier.pt")
+    ask = ["--predict", tuned / VIDEO.format(1), "--checkpoint", folder / "classifier.pt", "--dataset", "ucf101"]
+    done = call(finetune, *ask)
+    assert done.returncode == 2 and "give --tokenizer" in done.stderr
+    few = call(finetune, *ask, "--tokenizer", folder / "encoder.pkl")
+    assert few.returncode == 2 and "64 codes" in few.stderr and "8192 codes" in few.stderr
+    import dall_e.encoder
+    torch.save(dall_e.encoder.Encoder(n_hid=16, vocab_size=8192), folder / "encoder.pkl",
+               _use_new_zipfile_serialization=False)
+    done = call(finetune, *ask, "--tokenizer", folder / "encoder.pkl")
+    assert done.returncode == 0, done.stderr
+    assert len(re.findall(r"class \d \d+\.\d%", done.stdout)) == 5
+    assert (folder / "predict-00001.png").is_file()
