@@ -14,6 +14,7 @@ another; colours come from a short palette, so that they can be shared by the to
 Shapes: F frames, S = 64 pixels.
 """
 import os
+import subprocess
 import sys
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
@@ -21,6 +22,7 @@ from functools import partial
 from pathlib import Path
 
 import imageio.v2 as imageio
+import imageio_ffmpeg
 import numpy as np
 
 from plumbing.annotations import list_videos
@@ -77,13 +79,18 @@ def _distance(shape, u, v):
     return np.maximum.reduce([-u - 0.5, 0.5 * u + 0.866 * v - 0.5, 0.5 * u - 0.866 * v - 0.5])  # triangle
 
 
-def write_video(number, folder, seed):
-    """Renders and encodes video `number` -> its labels."""
-    video, labels = draw_video(number, seed)
-    with imageio.get_writer(folder / f"{number:05d}.mp4", fps=FPS, codec="libx264", macro_block_size=8,
-                            output_params=["-preset", "ultrafast", "-crf", "8", "-threads", "1"]) as writer:
-        for frame in video:
-            writer.append_data(frame)
+def write_videos(numbers, folder, seed):
+    """Renders some videos and encodes each into a file, all by one ffmpeg, as most of its time it starts
+    -> their labels [{label set: class}]."""
+    videos, labels = zip(*(draw_video(number, seed) for number in numbers))
+    graph, files = f"split={len(videos)}" + "".join(f"[{i}]" for i in range(len(videos))), []
+    for i, number in enumerate(numbers):
+        graph += f";[{i}]trim=start_frame={i * FRAMES}:end_frame={(i + 1) * FRAMES},setpts=PTS-STARTPTS[v{i}]"
+        files += ["-map", f"[v{i}]", "-c:v", "libx264", "-pix_fmt", "yuv420p", "-preset", "ultrafast", "-crf", "8",
+                  "-threads", "1", str(folder / f"{number:05d}.mp4")]
+    command = [imageio_ffmpeg.get_ffmpeg_exe(), "-y", "-v", "error", "-f", "rawvideo", "-pix_fmt", "rgb24",
+               "-s", f"{SIZE}x{SIZE}", "-r", str(FPS), "-i", "-", "-filter_complex", graph, *files]
+    subprocess.run(command, input=np.stack(videos).tobytes(), check=True)
     return labels
 
 
@@ -99,8 +106,9 @@ def make(root, splits=None, seed=0, workers=None):
     (root / "videos").mkdir(parents=True, exist_ok=True)
     total = sum(splits.values())
     with ProcessPoolExecutor(workers or os.cpu_count()) as pool:
-        written = pool.map(partial(write_video, folder=root / "videos", seed=seed), range(total), chunksize=16)
-        labels = list(progress(written, "toy videos", total, " videos"))
+        groups = [range(first, min(first + 32, total)) for first in range(0, total, 32)]
+        written = pool.map(partial(write_videos, folder=root / "videos", seed=seed), groups)
+        labels = [label for group in progress(written, "toy videos", len(groups), " x 32 videos") for label in group]
     for name, classes in CLASSES.items():
         (root / name).mkdir(exist_ok=True)
         write_text(root / name / "classes.txt", "".join(f"{c}\n" for c in classes))
