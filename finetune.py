@@ -24,7 +24,7 @@ from torch.utils.data import DataLoader
 
 import data
 import predict
-from plumbing import processes, runs
+from plumbing import checkpoints, processes, runs
 from plumbing.cli import UserError, option, parse, progress, run
 from plumbing.fitting import fit, memory_explained, slices
 from plumbing.pictures import draw_confusion, draw_curves
@@ -110,7 +110,7 @@ class Classifier(nn.Module):
 
 def trained_classifier(path):
     """The classifier of a fine-tuned checkpoint, ours or a released one -> {"weight": (C, d), "bias": (C,)}."""
-    checkpoint = runs.read_checkpoint(path)
+    checkpoint = checkpoints.read_checkpoint(path)
     state = checkpoint.get("model", checkpoint)
     name = "classifier" if "classifier.weight" in state else "cls_fc"
     if f"{name}.weight" not in state:
@@ -180,7 +180,7 @@ def try_out(model, precision, videos):
     (0 * logits.sum()).backward()
 
 
-def train(config, model, store, labels, device, tokens):
+def train(config, model, store, labels, device, tokens=None):
     """The whole of fine-tuning, from config.out/last.pt on where --resume asks for it. tokens: `predict.origin`."""
     (rank, world), precision = rank_and_world(), processes.pick_precision(config.precision, device)
     videos = data.few_labels(store.labels(labels), config.few, config.seed)
@@ -190,7 +190,7 @@ def train(config, model, store, labels, device, tokens):
     shape = model.backbone.config
     say(f"{len(videos)} videos, {shape.frames} x {shape.height} x {shape.width} tokens a clip, on {world} x "
         f"{processes.device_name(device)}: {config.micro_batch} clips at a time{memory}")
-    training = runs.Run(config, model, len(videos), epochs, BETAS, device, tokens)
+    training = runs.Run(config, model, len(videos), epochs, BETAS, device, tokens or predict.origin(store))
     samples = data.RandomClips(store, labels, shape.frames, data.stride_for(store, config.fps), config.seed)
     batches = data.Batches(videos, config.batch, training.steps, training.first, config.seed, rank, world)
     loader = iter(DataLoader(samples, batch_sampler=batches, num_workers=config.workers))
@@ -218,7 +218,7 @@ def prepare(config, device):
     if config.from_scratch:
         backbone = VideoTransformer(backbone.config)
     backbone.recompute = config.recompute
-    known = runs.read_checkpoint(config.checkpoint).get("tokens", {})
+    known = checkpoints.read_checkpoint(config.checkpoint).get("tokens", {})
     for store in stores.values():
         if store.header["vocab_size"] != backbone.config.vocab_size:
             raise UserError(f"{store.path} holds {store.header['vocab_size']} codes, "

@@ -16,10 +16,10 @@ import torch
 import data
 import monitor
 from plumbing import processes
+from plumbing.checkpoints import read_checkpoint
 from plumbing.cli import UserError
 from plumbing.decoding import VideoError, read_views
 from plumbing.pictures import draw_prediction, save_fill_in
-from plumbing.runs import read_checkpoint
 from plumbing.tokenizing import encode, fingerprint
 from vqvae import load_tokenizer
 

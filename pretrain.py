@@ -26,7 +26,7 @@ import predict
 import toy
 import vqvae
 from contrastive import ProjectionHead, cached_gradients, contrastive_loss, join, with_gradients
-from plumbing import processes, released, runs
+from plumbing import checkpoints, processes, released, runs
 from plumbing.cli import UserError, option, parse, run
 from plumbing.fitting import described, fit, memory_explained, plan, share_out, slices
 from plumbing.processes import rank_and_world, say, seed_all, wait_for_all
@@ -160,7 +160,7 @@ class Vimpac(nn.Module):
 
         Raises UserError naming the file and a tensor that it lacks or that has no place in the model.
         """
-        state = runs.read_checkpoint(path)
+        state = checkpoints.read_checkpoint(path)
         with released.reading(path):
             backbone, projection_head = VideoTransformer.from_released(state), ProjectionHead.from_released(state)
             token_head = TokenHead(backbone.config)
@@ -174,7 +174,7 @@ class Vimpac(nn.Module):
     @classmethod
     def load(cls, path):
         """A whole model from a pre-training checkpoint, ours or a released one. UserError for any other file."""
-        checkpoint = runs.read_checkpoint(path)
+        checkpoint = checkpoints.read_checkpoint(path)
         if "transformer" not in checkpoint:
             return cls.from_released(path)
         config = checkpoint["config"]
@@ -182,7 +182,7 @@ class Vimpac(nn.Module):
             raise UserError(f"{path} is of fine-tuning: it has no token head any more")
         model = cls(TransformerConfig(**checkpoint["transformer"]), config["projection_hidden"],
                     config["projection_layers"])
-        runs.load_weights(model, checkpoint["model"], path)
+        checkpoints.load_weights(model, checkpoint["model"], path)
         return model
 
 
@@ -284,9 +284,9 @@ def initialise(model, path):
     """Loads the weights of another run's checkpoint, or of a released one; its clip size is interpolated to ours."""
     other = Vimpac.load(path)
     weights = other.state_dict()
-    runs.check_shape(path, asdict(other.backbone.config), model)
-    runs.resize_tables(model, weights, resize_table)
-    runs.load_weights(model, weights, path)
+    checkpoints.check_shape(path, asdict(other.backbone.config), model)
+    checkpoints.resize_tables(model, weights, resize_table)
+    checkpoints.load_weights(model, weights, path)
     say(f"starting from {path}")
 
 
@@ -300,7 +300,7 @@ def try_out(model, config, precision, videos):
     (loss + cls.sum()).backward()
 
 
-def train(config, model, store, device, tokenizer_path, monitor_folder):
+def train(config, model, store, device, monitor_folder, tokenizer_path=None):
     """The whole of pre-training, from config.out/last.pt on where --resume asks for it."""
     videos, held_out = data.hold_out(len(store), config.held_out)
     rank, world = rank_and_world()
@@ -358,7 +358,7 @@ def main():
     say(f"{videos} videos, {shape.frames} x {shape.height} x {shape.width} tokens a clip, "
         f"{sum(p.numel() for p in model.backbone.parameters()) / 1e6:.2f}M parameters, "
         f"{config.mask} masks{f' of {blocks} cuboids' if config.mask == 'block' else ''}, on {device}")
-    train(config, model, store, device, tokenizer_path, monitor_folder)
+    train(config, model, store, device, monitor_folder, tokenizer_path)
     processes.leave_group()
     monitor.report(config, model, store, tokenizer_path and vqvae.load_tokenizer(tokenizer_path).to(device))
 

@@ -16,9 +16,9 @@ import torch.nn.functional as F
 from torch import nn
 
 from plumbing import released
+from plumbing.checkpoints import load_weights, read_checkpoint
 from plumbing.cli import UserError
 from plumbing.kernels import again_in_backward, attention, dropout, gelu_linear
-from plumbing.runs import load_weights, read_checkpoint
 from plumbing.tokens import PAD, SPECIAL
 
 LAYOUTS = ("T,H|W", "T|H|W", "T,H,W", "H|W,T", "T,HxW", "TxHxW")  # blocks at the commas, patterns at the bars

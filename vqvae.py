@@ -18,9 +18,10 @@ from torch import nn
 import data
 from dalle import DalleVAE
 from plumbing.annotations import DATASETS, class_names, frame_spans, list_videos
+from plumbing.checkpoints import read_checkpoint, save_checkpoint
 from plumbing.cli import UserError, option, parse_command, progress, run
 from plumbing.processes import leave_group, pick_device, seed_all
-from plumbing.runs import learning_rate, read_checkpoint, save_checkpoint
+from plumbing.runs import learning_rate
 from plumbing.tokenizing import frames_at_once, tokenize
 
 

@@ -1,6 +1,7 @@
 """A configuration dataclass -> flags with help, ranges, errors of one line; and progress bars."""
 import argparse
 import math
+import signal
 import sys
 from dataclasses import MISSING, field, fields
 from pathlib import Path
@@ -15,12 +16,21 @@ class UserError(ValueError):
 
 
 def run(main):
-    """Calls a script's main. A UserError ends with its line and exit code 2; anything else with its traceback."""
+    """Calls a script's main. A UserError ends with its line and exit code 2, Ctrl-C and SIGTERM with a line and the
+    code that shells give them; anything else with its traceback."""
+    def terminate(*_):
+        raise KeyboardInterrupt(signal.SIGTERM)  # so that what is half written is removed
+
+    signal.signal(signal.SIGTERM, terminate)
     try:
         main()
     except UserError as error:
         print(f"{Path(sys.argv[0]).name}: {error}", file=sys.stderr)
         sys.exit(2)
+    except KeyboardInterrupt as error:
+        number = error.args[0] if error.args else signal.SIGINT
+        print(f"{Path(sys.argv[0]).name}: stopped by {number.name}", file=sys.stderr)
+        sys.exit(128 + number)
 
 
 def option(default, help, choices=None, least=None, multiple=None):

@@ -88,6 +88,16 @@ def draw_grid(axis, frames, rows, columns, **about):
     axis.set(**about)
 
 
+def draw_tokenizer(frames, tokens, decoded, path, about):
+    """What a tokenizer leaves of some frames: they, their tokens, decoded again. frames, decoded: uint8 (n, S, S, 3).
+    tokens: int (n, H, W)."""
+    figure = Figure(figsize=(1.5 + 0.95 * len(frames), 3.6), layout="constrained")
+    codes = token_colours(enlarged(tokens, frames.shape[1]))
+    draw_grid(figure.subplots(), np.stack([frames, codes, decoded]), ("original", "tokens", "after the tokenizer"),
+              range(1, len(frames) + 1), title=about, xlabel="held-out frame")
+    figure.savefig(path, dpi=110)
+
+
 def save_fill_in(pictures, names, path, which=""):
     """path.png: four named rows a video, its frames side by side. path.gif: a column a video, moving.
 

@@ -2,9 +2,11 @@
 import contextlib
 import os
 import random
+import signal
 import sys
 import warnings
 from datetime import timedelta
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -42,9 +44,42 @@ def launch(gpus):
         return
     if gpus > torch.cuda.device_count():
         raise UserError(f"--gpus {gpus}: this machine has {torch.cuda.device_count()}")
+    from torch.distributed.elastic.multiprocessing import SignalException
+    from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
     from torch.distributed.run import main as torchrun
-    torchrun(["--standalone", "--nproc-per-node", str(gpus), "--", *sys.argv])
-    sys.exit(0)
+    try:
+        torchrun(["--standalone", "--nproc-per-node", str(gpus), "--", *sys.argv])
+        sys.exit(0)
+    except SignalException as error:
+        sys.exit(128 + error.sigval)
+    except ChildFailedError as error:
+        rank, failure = error.get_first_failure()
+        print(f"{Path(sys.argv[0]).name}: process {rank} of {gpus} ended first, with exit code {failure.exitcode}; "
+              f"the others were stopped", file=sys.stderr)
+        sys.exit(failure.exitcode if failure.exitcode > 0 else 128 - failure.exitcode)
+
+
+@contextlib.contextmanager
+def stopping():
+    """-> a list that Ctrl-C or SIGTERM puts the exit code into, once; the second signal acts as it did before."""
+    asked, before = [], {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    own = os.getpid()  # not that of the processes that load clips
+
+    def ask(number, _):
+        asked.append(128 + number)
+        if os.getpid() == own and rank_and_world()[0] == 0:
+            print(f"{signal.Signals(number).name}: stopping soon; once more stops at once", file=sys.stderr)
+        restore()
+
+    def restore():
+        for number, handler in before.items():
+            signal.signal(number, handler)
+    for number in before:
+        signal.signal(number, ask)
+    try:
+        yield asked
+    finally:
+        restore()
 
 
 def join_group(backend):

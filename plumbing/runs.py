@@ -3,6 +3,8 @@ import itertools
 import json
 import math
 import os
+import signal
+import sys
 import time
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -11,9 +13,13 @@ import torch
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
+from plumbing.checkpoints import save_checkpoint, start
 from plumbing.cli import UserError, option, progress
-from plumbing.processes import from_all, pick_precision, rank_and_world, restarted, say, sum_over_all
-from plumbing.store import read_lines, whole, write_text
+from plumbing.processes import leave_group, pick_precision, rank_and_world, say, stopping, sum_over_all
+from plumbing.store import read_lines, write_text
+
+FILES = ("config.json", "metrics.jsonl", "last.pt", "previous.pt", "curves.png", "fill_in.png", "fill_in.gif",
+         "confusion.png", "events.out.tfevents.*")  # of a run, in its folder
 
 
 @dataclass
@@ -71,6 +77,8 @@ class Optimizer:
         self.adamw = torch.optim.AdamW(decay_groups(model, settings.weight_decay), settings.lr, betas, eps=1e-8,
                                        fused=device in ("cuda", "cpu"))
         self.scaler = torch.amp.GradScaler(device, enabled=precision == torch.float16)
+        self.bad = torch.zeros((), dtype=torch.bool, device=device)  # whether the last step's gradient was not finite
+        self.in_row, self.skipped = (torch.zeros((), dtype=torch.int64, device=device) for _ in range(2))  # such steps
 
     def backward(self, loss):
         self.scaler.scale(loss).backward()
@@ -81,13 +89,22 @@ class Optimizer:
         return [gradient / scale for gradient in torch.autograd.grad(loss * scale, tensors)]
 
     def step(self, step):
-        """Moves the weights along the gradient, which is then cleared -> the learning rate of this step."""
+        """Moves the weights along the gradient, which is then cleared -> the learning rate of this step.
+
+        Not where the gradient is not finite: such a step is skipped, and counted. Nobody waits for a GPU to know."""
         lr = learning_rate(step, self.steps, self.settings.lr, self.settings.warmup)
         for group in self.adamw.param_groups:
             group["lr"] = lr
         self.scaler.unscale_(self.adamw)
-        nn.utils.clip_grad_norm_(self.model.parameters(), self.settings.clip)
-        self.scaler.step(self.adamw)
+        norm = nn.utils.clip_grad_norm_(self.model.parameters(), self.settings.clip)
+        self.bad = ~norm.isfinite()
+        self.in_row, self.skipped = (self.in_row + 1) * self.bad, self.skipped + self.bad
+        if self.scaler.is_enabled() or not self.adamw.defaults["fused"]:
+            if self.scaler.is_enabled() or not self.bad:
+                self.scaler.step(self.adamw)
+        else:
+            self.adamw.found_inf = self.bad.float()  # how fused AdamW is told to leave everything as it is
+            self.adamw.step()
         self.scaler.update()
         self.adamw.zero_grad(set_to_none=True)
         return lr
@@ -103,114 +120,6 @@ class Optimizer:
             self.scaler.load_state_dict(checkpoint["scaler"])
 
 
-# ---------------------------------------------------------------- checkpoints
-
-
-def save_checkpoint(path, content):
-    """torch.save, whole or not at all."""
-    with whole(path) as file:
-        torch.save(content, file)
-
-
-def read_checkpoint(path):
-    """A checkpoint's dictionary, read without running anything that the file says.
-
-    Raises UserError, naming the file, for a file that holds more than tensors and plain values.
-    """
-    try:
-        return dict(torch.load(path, map_location="cpu", weights_only=True))
-    except FileNotFoundError as error:
-        raise UserError(f"there is no file {path} (python pretrain.py makes runs/toy/last.pt)") from error
-    except Exception as error:  # torch's unpickler meets damaged files with errors of many kinds
-        raise UserError(f"{path} is not a checkpoint of plain tensors ({type(error).__name__})") from error
-
-
-def load_weights(model, weights, path):
-    """Raises UserError, naming the file and the first tensor, where the weights are another model's."""
-    try:
-        model.load_state_dict(weights)
-    except RuntimeError as error:
-        raise UserError(f"{path} does not fit this model: {str(error).splitlines()[1].strip()}") from error
-
-
-def check_shape(path, before, model):
-    """Raises UserError where a checkpoint's transformer, a TransformerConfig's dict, is another one than the model's:
-    tensors of another layout may well fit. Clip size and dropout may differ."""
-    for name, own in asdict(model.backbone.config).items():
-        if name not in ("frames", "height", "width", "dropout") and before.get(name, own) != own:
-            raise UserError(f"{path} does not fit this model: its transformer has {name} {before[name]}, not {own}")
-
-
-def resize_tables(model, weights, resize, moments=None, numbers=None):
-    """Fits a checkpoint's position tables, and the optimizer's moments of them, to the model's clip size, in place.
-
-    resize: (table, size) -> table. numbers: {parameter: its number among the moments}.
-    """
-    for name in ("time", "row", "column"):
-        key, table = f"backbone.{name}", getattr(model.backbone, name)  # (size, d)
-        if (before := len(weights.get(key, table))) == len(table):
-            continue
-        weights[key] = resize(weights[key], len(table))
-        if moments is not None:
-            number = numbers[table]
-            moments[number] = {kind: resize(value, len(table)) if value.dim() else value  # but for the count of steps
-                               for kind, value in moments.get(number, {}).items()}
-        say(f"interpolated the {name} positions{' and their optimizer moments' if moments else ''} "
-            f"from {before} to {len(table)}")
-
-
-def restore(path, model, optimizer, resize=None):
-    """Loads a checkpoint's weights, moments and gradient scaler -> its step. UserError where the sizes do not fit.
-
-    resize: see `resize_tables`; without it, the clip size must be the checkpoint's.
-    """
-    checkpoint = read_checkpoint(path)
-    if not {"model", "optimizer", "step"} <= checkpoint.keys():
-        raise UserError(f"{path} is no checkpoint of a run of this project")
-    check_shape(path, checkpoint.get("transformer", {}), model)
-    weights, moments = checkpoint["model"], checkpoint["optimizer"]["state"]
-    order = [p for group in optimizer.adamw.param_groups for p in group["params"]]  # how the optimizer numbers them
-    if resize:
-        resize_tables(model, weights, resize, moments, {p: number for number, p in enumerate(order)})
-    load_weights(model, weights, path)
-    if any(moments[i]["exp_avg"].shape != p.shape for i, p in enumerate(order) if i in moments):
-        raise UserError(f"{path} does not fit this model: its optimizer's moments are those of other tensors")
-    optimizer.load_state_dict(checkpoint)
-    if (before := checkpoint.get("steps", optimizer.steps)) != optimizer.steps:
-        say(f"the schedule of {path} was of {before} steps; now it is of {optimizer.steps}")
-    return checkpoint["step"]
-
-
-def start(config, model, optimizer, resize=None, init=None, resume_from=""):
-    """Loads what a run begins with -> its first step, whether that goes on in its own folder.
-
-    From out/last.pt, where it is to go on from there; or from another run's checkpoint resume_from; or init(), which
-    loads first weights, at step 0.
-    """
-    first, last = 0, last_checkpoint(config.out, config.resume)
-    if path := last or resume_from:
-        first = restore(path, model, optimizer, resize)
-        say(f"resumed {path} at step {first} of {optimizer.steps}")
-    elif init:
-        init()
-    steps = set(from_all(first))
-    if len(steps) > 1:
-        raise UserError(f"processes would start from different steps, {sorted(steps)}: --out {config.out} must be "
-                        f"storage that all machines share")
-    return first, last is not None
-
-
-def last_checkpoint(out, resume):
-    """The out/last.pt that a run goes on from, because it is asked to or restarted by torchrun, or None."""
-    path = Path(out) / "last.pt"
-    if not (restarted() or resume):
-        return None
-    if not path.is_file():
-        say(f"there is no {path} to go on from: starting anew")
-        return None
-    return path
-
-
 # ---------------------------------------------------------------- the folder
 
 
@@ -220,8 +129,9 @@ class Run:
 
     videos: how many it trains on. epochs: of the schedule, of which it ends after stop_after, where that is not 0.
     tokens: how they were made, `predict.origin`.
-    beginning: see `start`. A run that goes on from a checkpoint drops the metrics after it, and begins with those of
-    another run that it continues. One that begins makes an earlier run's last.pt last.old.pt: no restart goes on there.
+    beginning: see `checkpoints.start`. A run that goes on from a checkpoint drops the metrics after it, and begins with
+    those of another run that it continues. What an earlier run left in the folder stays there until this one's first
+    checkpoint, and is then moved to a folder of its own.
     """
 
     def __init__(self, config, model, videos, epochs, betas, device, tokens, stop_after=0.0, **beginning):
@@ -234,7 +144,7 @@ class Run:
         self.first, goes_on = start(config, model, self.optimizer, **beginning)
         if self.first >= self.end and not goes_on:
             raise UserError(f"nothing is left to train: the checkpoint is of step {self.first} of {self.end}")
-        self.sums, self.count, self.board = 0, 0, None
+        self.sums, self.count, self.stop, self.board, self.first_loss = 0, 0, 0, None, None
         if self.rank == 0:
             self.open_folder(goes_on, beginning.get("resume_from"))
         if config.compile:
@@ -243,26 +153,62 @@ class Run:
 
     def open_folder(self, goes_on, resume_from):
         from torch.utils.tensorboard import SummaryWriter  # slow to import
-        if not goes_on and (self.out / "last.pt").is_file():
-            os.replace(self.out / "last.pt", self.out / "last.old.pt")
-            say(f"{self.out / 'last.pt'} of an earlier run is now last.old.pt")
-        write_text(self.out / "config.json", json.dumps(asdict(self.config), indent=1) + "\n")
+        self.out.mkdir(parents=True, exist_ok=True)
+        self.earlier = [] if goes_on else [path for name in FILES for path in self.out.glob(name)]
+        if goes_on:
+            for path in self.out.glob("*.new.json*"):  # of a run that never came to its first checkpoint
+                path.unlink()
         earlier = read_metrics(Path(resume_from).parent if resume_from and not goes_on else self.out)
         kept = [record for record in earlier if record["step"] <= self.first] if self.first else []
-        write_text(self.out / "metrics.jsonl", "".join(json.dumps(record) + "\n" for record in kept))
+        self.new = ".new" * bool(self.earlier)
+        write_text(self.out / f"config{self.new}.json", json.dumps(asdict(self.config), indent=1) + "\n")
+        write_text(self.out / f"metrics{self.new}.jsonl", "".join(json.dumps(record) + "\n" for record in kept))
         self.board = SummaryWriter(self.out, purge_step=self.first + 1)
 
+    def settle(self):
+        """Moves what an earlier run left to a folder of its own, and takes its place."""
+        if not self.earlier:
+            return
+        place = next(place for n in itertools.count(1) if not (place := self.out / f"earlier-{n}").exists())
+        place.mkdir()
+        for path in self.earlier:
+            os.replace(path, place / path.name)
+        self.earlier, self.new = [], ""
+        for name in ("config.json", "metrics.jsonl"):
+            os.replace(self.out / name.replace(".", ".new.", 1), self.out / name)
+        self.bar.write(f"what an earlier run left in {self.out} is now in {place}")
+
+    def save(self, step):
+        """last.pt, and what it was before as previous.pt."""
+        last = self.out / "last.pt"
+        save_checkpoint(self.out / "next.pt", {
+            "model": self.model.state_dict(), **self.optimizer.state_dict(), "step": step + 1, "steps": self.steps,
+            "config": asdict(self.config), "tokens": self.tokens, "transformer": asdict(self.model.backbone.config)})
+        self.settle()
+        if last.is_file():
+            os.replace(last, self.out / "previous.pt")
+        os.replace(self.out / "next.pt", last)
+
     def each_step(self, text):
-        """The steps that are left, with a bar; at the end of every save_every, and of the last, a checkpoint."""
+        """The steps that are left, with a bar; at the end of every save_every, and of the last, a checkpoint.
+
+        A signal to stop (Ctrl-C, SIGTERM) lets the step end, saves, and exits with the code that shells give it; a
+        second one exits at once. Several processes stop at the same step: the next that writes a line of metrics.
+        """
         left, self.since = range(self.first, self.end), time.perf_counter()
         self.bar = progress(left, text, len(left), " steps", self.rank == 0)
-        for step in self.bar:
-            yield step
-            if self.due(step, self.config.save_every) and self.rank == 0:
-                save_checkpoint(self.out / "last.pt", {
-                    "model": self.model.state_dict(), **self.optimizer.state_dict(), "step": step + 1,
-                    "steps": self.steps, "config": asdict(self.config), "tokens": self.tokens,
-                    "transformer": asdict(self.model.backbone.config)})
+        with stopping() as self.asked:
+            for step in self.bar:
+                yield step
+                stop = self.stop or (self.world == 1 and sum(self.asked))
+                if (stop or self.due(step, self.config.save_every)) and self.rank == 0:
+                    self.check()
+                    self.save(step)
+                if stop and step + 1 < self.end:
+                    self.bar.close()
+                    say(f"stopped at step {step + 1} of {self.end}: --resume goes on from {self.out / 'last.pt'}")
+                    leave_group()
+                    sys.exit(stop)
         if self.board:
             self.board.close()
         if self.end < self.steps:
@@ -273,24 +219,47 @@ class Run:
 
     def record(self, step, measures, lr, shown):
         """A step's measures, {name: scalar tensor}, each process's share; every log_every steps a line of metrics, with
-        their means over these steps and over the processes. shown: format of what the bar shows of them."""
-        self.sums, self.count = self.sums + torch.stack(list(measures.values())), self.count + 1
+        their means over these steps and over the processes, those left out whose gradient was not finite. shown: format
+        of what the bar shows of them."""
+        values, bad = torch.stack(list(measures.values())), self.optimizer.bad
+        self.sums, self.count = self.sums + values.masked_fill(bad, 0), self.count + 1
+        self.first_loss = values[0] if self.first_loss is None else self.first_loss
         if not self.due(step, self.config.log_every):
             return
-        means = dict(zip(measures, (sum_over_all(self.sums) / self.count / self.world).tolist()))
-        now, done = time.perf_counter(), step + 1
+        asked = values.new_tensor([sum(self.asked)])
+        *sums, asked = sum_over_all(torch.cat([self.sums, asked])).tolist()
+        skipped, now, done = int(self.optimizer.skipped), time.perf_counter(), step + 1
+        means = {name: total / max(1, self.count - skipped) / self.world for name, total in zip(measures, sums)}
         self.write(step=done, epoch=done * self.config.batch / self.videos, **means, lr=lr,
-                   videos_per_second=self.config.batch * self.count / (now - self.since))
-        self.bar.set_postfix_str(shown.format(**means), refresh=False)
-        if not math.isfinite(means["loss"]):
-            raise FloatingPointError(f"the loss is {means['loss']} at step {done}: lower --lr")
+                   videos_per_second=self.config.batch * self.count / (now - self.since),
+                   **({"skipped_steps": skipped} if skipped else {}))
+        self.bar.set_postfix_str(shown.format(**means) + f" skipped {skipped}" * (skipped > 0), refresh=False)
+        self.loss, self.stop = means["loss"], int(asked and (sum(self.asked) or 128 + signal.SIGTERM))
+        if self.optimizer.in_row >= 10:
+            self.give_up(f"the gradient was not finite in {int(self.optimizer.in_row)} steps in a row")
+        if not math.isfinite(self.loss):
+            self.give_up(f"the loss is {self.loss} at step {done}")
+        self.optimizer.skipped.zero_()
         self.sums, self.count, self.since = 0, 0, now
+
+    def check(self):
+        """Refuses to save a model that has exploded: its loss is ten times that of the first step."""
+        if self.first_loss is None:
+            return
+        loss = (self.sums[0] / self.count).item() if self.count else self.loss
+        if not loss < 10 * max(1.0, self.first_loss.item()):
+            self.give_up(f"the loss has risen from {self.first_loss.item():.3g} to {loss:.3g}")
+
+    def give_up(self, why):
+        last = self.out / "last.pt"
+        kept = f"; {last} is from before" if last.is_file() and not self.earlier else ""
+        raise UserError(f"{why}: lower --lr{kept}")
 
     def write(self, **metrics):
         """One line of metrics; step is among them."""
         if self.rank == 0:
             metrics = {key: round(value, 6) if isinstance(value, float) else value for key, value in metrics.items()}
-            with open(self.out / "metrics.jsonl", "a") as file:
+            with open(self.out / f"metrics{self.new}.jsonl", "a") as file:
                 file.write(json.dumps(metrics) + "\n")
             for key in metrics.keys() - {"step"}:
                 self.board.add_scalar(key, metrics[key], metrics["step"])

@@ -10,8 +10,8 @@ import finetune
 import pretrain
 import vqvae
 from plumbing.annotations import list_videos
+from plumbing.checkpoints import save_checkpoint
 from plumbing.cli import UserError, parse
-from plumbing.runs import save_checkpoint
 from plumbing.store import TokenStore
 from transformer import TransformerConfig
 

@@ -16,7 +16,7 @@ import monitor
 import pretrain
 import toy
 import vqvae
-from plumbing import runs
+from plumbing import checkpoints
 
 VIDEO = "datasets/toy/videos/{:05d}.mp4"
 FINETUNE = dict(steps=3, batch=4, device="cpu", precision="fp32", out="runs/tuned", clips=3)
@@ -27,7 +27,7 @@ def tuned(workplace):
     """The folder of a toy world with a fine-tuned model, whose classes hang on which frames it sees."""
     done = call(finetune, *flags(FINETUNE), place=workplace)
     assert done.returncode == 0, done.stderr
-    checkpoint = runs.read_checkpoint(workplace / "runs/tuned/last.pt")
+    checkpoint = checkpoints.read_checkpoint(workplace / "runs/tuned/last.pt")
     store = data.TokenStore(workplace / "datasets/toy/tokens/test")
     clips = torch.from_numpy(np.concatenate([data.EvenClips(store, 5, 3, 4)[i] for i in range(len(store))]))
     cls = finetune.load_backbone(workplace / "runs/tuned/last.pt").eval()(clips)[0].detach()
@@ -99,7 +99,7 @@ def test_the_fill_in_of_a_file_is_that_of_its_video_in_the_store(tuned):
 def test_the_tokenizer_is_the_checkpoints_own_or_refused(tuned, tmp_path):
     """Found where it was, or beside the checkpoint where both have moved; one of other weights is never taken."""
     ask = ["--predict", tuned / VIDEO.format(1), "--checkpoint", tmp_path / "last.pt"]
-    checkpoint = runs.read_checkpoint(tuned / "runs/tuned/last.pt")
+    checkpoint = checkpoints.read_checkpoint(tuned / "runs/tuned/last.pt")
     before = call(finetune, *ask[:2], "--checkpoint", tuned / "runs/tuned/last.pt").stdout
     checkpoint["tokens"]["tokenizer"] = "/elsewhere/tokenizer.pt"
     torch.save(checkpoint, tmp_path / "last.pt")
@@ -115,7 +115,7 @@ def test_the_tokenizer_is_the_checkpoints_own_or_refused(tuned, tmp_path):
 
 
 def test_fine_tuning_refuses_tokens_of_another_tokenizer(tuned, tmp_path):
-    checkpoint = runs.read_checkpoint(tuned / "runs/toy/last.pt")
+    checkpoint = checkpoints.read_checkpoint(tuned / "runs/toy/last.pt")
     checkpoint["tokens"]["fingerprint"] = "0123456789ab"
     torch.save(checkpoint, tmp_path / "last.pt")
     done = call(finetune, *flags(FINETUNE), "--checkpoint", tmp_path / "last.pt", place=tuned)

@@ -30,7 +30,7 @@ import data
 import masking
 import monitor
 import pretrain
-from plumbing import processes, runs
+from plumbing import checkpoints, processes, runs
 from plumbing.cli import UserError
 from plumbing.runs import read_metrics
 from pretrain import PRESETS, Config, Vimpac
@@ -104,7 +104,7 @@ def test_the_second_stage_starts_from_the_first_at_another_size(workplace, capsy
     weights, config = torch.load(path, weights_only=True)["model"], tiny()
     model = Vimpac(config.transformer(256, 16, 16), 16, 2)
     optimizer = runs.Optimizer(model, config, 6, (0.9, 0.98))
-    assert runs.restore(path, model, optimizer, resize_table) == 5
+    assert checkpoints.restore(path, model, optimizer, resize_table) == 5
     said = capsys.readouterr().out
     assert "row positions" in said and "from 8 to 16" in said and "time" not in said
     backbone, state = model.backbone, optimizer.adamw.state
@@ -116,7 +116,7 @@ def test_the_second_stage_starts_from_the_first_at_another_size(workplace, capsy
             assert state[p][moment].shape == p.shape and state[p][moment].abs().max() > 0, name
     other = Vimpac(tiny(dim=24).transformer(256, 8, 8), 16, 2)
     with pytest.raises(UserError, match="does not fit"):
-        runs.restore(path, other, runs.Optimizer(other, config, 6, (0.9, 0.98)), resize_table)
+        checkpoints.restore(path, other, runs.Optimizer(other, config, 6, (0.9, 0.98)), resize_table)
 
 
 def test_init_starts_a_schedule_of_its_own(workplace):
@@ -168,7 +168,7 @@ def test_two_stages_follow_one_schedule(tmp_path):
     (tmp_path / "second/last.pt").write_bytes(b"of an earlier run")
     with recorded_gradients() as gradients:
         train(second, stores[1])
-    assert (tmp_path / "second/last.old.pt").read_bytes() == b"of an earlier run"
+    assert (tmp_path / "second/earlier-1/last.pt").read_bytes() == b"of an earlier run"
     rates = [{m["step"]: m["lr"] for m in read_metrics(tmp_path / name) if "lr" in m}
              for name in ("unbroken", "first", "second")]
     steps = len(rates[0])
@@ -250,7 +250,7 @@ def test_a_killed_process_is_restarted_and_training_goes_on(workplace):
     os.kill(int(workers[1]), signal.SIGKILL)
     said = group.communicate()[0]
     assert group.returncode == 0, said
-    assert (out / "last.old.pt").read_bytes() == b"of an earlier run"
+    assert (out / "earlier-1/last.pt").read_bytes() == b"of an earlier run"
     resumed = int(re.search(r"resumed \S+ at step (\d+) of 100", said)[1])
     assert 3 <= resumed < 100 and resumed % 3 == 0
     assert [m["step"] for m in read_metrics(out) if "loss" in m] == list(range(1, 101))

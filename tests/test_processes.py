@@ -9,7 +9,7 @@ from conftest import call
 
 import finetune
 import pretrain
-from plumbing import processes, runs
+from plumbing import checkpoints, processes
 from plumbing.cli import UserError
 
 BATCH = 3, 4  # inputs of one process's batch norm
@@ -49,10 +49,10 @@ def two_of_everything(inputs, pull):
     found["alone"] = norm(inputs[:1]).detach() if rank == 0 else None  # no exchange: rank 1 does not call it
 
     settings = SimpleNamespace(out="runs/a", resume=False)
-    assert runs.start(settings, None, None) == (0, False)
-    with mock.patch.multiple(runs, last_checkpoint=lambda out, resume: "last.pt", restore=lambda *_: 3 * rank), \
+    assert checkpoints.start(settings, None, None) == (0, False)
+    with mock.patch.multiple(checkpoints, last_checkpoint=lambda out, resume: "last.pt", restore=lambda *_: 3 * rank), \
             pytest.raises(UserError) as refused:
-        runs.start(settings, None, SimpleNamespace(steps=9))
+        checkpoints.start(settings, None, SimpleNamespace(steps=9))
     found["refused"] = str(refused.value)
     found["restarted"] = [processes.restarted()]
     with mock.patch.dict(os.environ, TORCHELASTIC_RESTART_COUNT=str(rank)):  # torchrun tells only one of them

@@ -1,11 +1,13 @@
 import json
+import os
+import signal
 from dataclasses import dataclass
 
 import pytest
 import torch
 from torch import nn
 
-from plumbing import runs
+from plumbing import checkpoints, runs
 from plumbing.cli import UserError, option
 
 
@@ -71,9 +73,9 @@ def test_moments_of_other_tensors_are_refused(tmp_path):
     moments = state["optimizer"]["state"]
     matrix, vector = (next(i for i, m in moments.items() if m["exp_avg"].dim() == n) for n in (2, 1))
     moments[matrix], moments[vector] = moments[vector], moments[matrix]
-    runs.save_checkpoint(tmp_path / "last.pt", {"model": model.state_dict(), **state, "step": 1})
+    checkpoints.save_checkpoint(tmp_path / "last.pt", {"model": model.state_dict(), **state, "step": 1})
     with pytest.raises(UserError, match="last.pt does not fit"):
-        runs.restore(tmp_path / "last.pt", model, optimizer)
+        checkpoints.restore(tmp_path / "last.pt", model, optimizer)
 
 
 def test_a_step_follows_the_schedule_and_the_gradient_is_clipped_and_cleared():
@@ -89,7 +91,7 @@ def test_a_step_follows_the_schedule_and_the_gradient_is_clipped_and_cleared():
 
 
 def save(path, model, optimizer, step=7):
-    runs.save_checkpoint(path, {"model": model.state_dict(), **optimizer.state_dict(), "step": step})
+    checkpoints.save_checkpoint(path, {"model": model.state_dict(), **optimizer.state_dict(), "step": step})
 
 
 def test_another_weight_decay_is_taken_from_the_flags_and_moments_from_the_checkpoint(tmp_path):
@@ -104,7 +106,7 @@ def test_another_weight_decay_is_taken_from_the_flags_and_moments_from_the_check
     for decay in (0.0, 0.2):
         other = Model()
         restored = runs.Optimizer(other, Settings(weight_decay=decay, warmup=0.0), 10, (0.9, 0.999))
-        assert runs.restore(tmp_path / "last.pt", other, restored) == 7
+        assert checkpoints.restore(tmp_path / "last.pt", other, restored) == 7
         assert {group["weight_decay"] for group in restored.adamw.param_groups} == {decay, 0.0}
         assert all(group["betas"] == (0.9, 0.999) for group in restored.adamw.param_groups)
         for old, new in zip(model.parameters(), other.parameters()):
@@ -129,7 +131,7 @@ def test_a_gradient_scaler_keeps_its_scale_over_a_checkpoint(tmp_path):
         for precision, expected in ((torch.float16, found), (torch.float32, 1.0)):
             other = Model()
             restored = runs.Optimizer(other, Settings(), 10, (0.9, 0.98), precision)
-            runs.restore(tmp_path / "last.pt", other, restored)
+            checkpoints.restore(tmp_path / "last.pt", other, restored)
             assert restored.scaler.get_scale() == expected
 
 
@@ -149,40 +151,47 @@ def test_files_that_are_no_checkpoint_of_a_run_are_named(tmp_path):
     (tmp_path / "text.pt").write_text("nothing")
     torch.save({"model": {}}, tmp_path / "part.pt")
     torch.save({"model": Settings()}, tmp_path / "object.pt")
-    for name, said in (("text.pt", "not a checkpoint"), ("part.pt", "no checkpoint of a run"), ("none.pt", "no file"),
-                       ("object.pt", "not a checkpoint")):
+    torch.save([1, 2], tmp_path / "list.pt")
+    torch.save(torch.ones(3), tmp_path / "tensor.pt")
+    torch.save({"model": {}, "optimizer": {}, "step": 3}, tmp_path / "empty.pt")
+    torch.save({"model": {}, "optimizer": {"state": {}}, "step": "3"}, tmp_path / "step.pt")
+    torch.save({"model": {}, "transformer": None, "config": {}}, tmp_path / "transformer.pt")
+    for name, said in (("text.pt", "no checkpoint"), ("part.pt", "no checkpoint of a run"), ("none.pt", "no file"),
+                       ("object.pt", "no checkpoint"), ("list.pt", "holds a list"), ("tensor.pt", "holds a Tensor"),
+                       ("empty.pt", "no checkpoint of a run"), ("step.pt", "no checkpoint of a run"),
+                       ("transformer.pt", "lacks one of")):
         with pytest.raises(UserError, match=f"{said}.*{name}|{name}.*{said}"):
-            runs.restore(tmp_path / name, model, optimizer)
+            checkpoints.restore(tmp_path / name, model, optimizer)
     save(tmp_path / "last.pt", model, optimizer)
     model.cls = nn.Parameter(torch.ones(4))
     with pytest.raises(UserError, match="last.pt does not fit this model.*cls"):
-        runs.restore(tmp_path / "last.pt", model, optimizer)
+        checkpoints.restore(tmp_path / "last.pt", model, optimizer)
 
 
 def test_a_checkpoint_is_written_whole_or_not_at_all(tmp_path):
-    runs.save_checkpoint(tmp_path / "last.pt", {"step": 1})
+    checkpoints.save_checkpoint(tmp_path / "last.pt", {"step": 1})
 
     class Unwritable:
         def __reduce__(self):
             raise OSError("disk full")
     with pytest.raises(OSError):
-        runs.save_checkpoint(tmp_path / "last.pt", {"step": Unwritable()})
+        checkpoints.save_checkpoint(tmp_path / "last.pt", {"step": Unwritable()})
     assert torch.load(tmp_path / "last.pt") == {"step": 1}
     assert [path.name for path in tmp_path.iterdir()] == ["last.pt"]
 
 
 def test_only_a_resumed_or_restarted_run_goes_on_from_a_checkpoint(tmp_path, monkeypatch):
-    assert runs.last_checkpoint(tmp_path, resume=True) is None
+    assert checkpoints.last_checkpoint(tmp_path, resume=True) is None
     (tmp_path / "last.pt").write_text("a run's")
-    assert runs.last_checkpoint(tmp_path, resume=True) == tmp_path / "last.pt"
-    assert runs.last_checkpoint(tmp_path, resume=False) is None
+    assert checkpoints.last_checkpoint(tmp_path, resume=True) == tmp_path / "last.pt"
+    assert checkpoints.last_checkpoint(tmp_path, resume=False) is None
     monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "1")
-    assert runs.last_checkpoint(tmp_path, resume=False) == tmp_path / "last.pt"
+    assert checkpoints.last_checkpoint(tmp_path, resume=False) == tmp_path / "last.pt"
 
 
 def start(out, **changes):
-    return runs.Run(Settings(out=str(out), steps=6, save_every=2, **changes), Model(), 10, 1.0, (0.9, 0.98),
-                    torch.device("cpu"), {})
+    settings = Settings(**{"out": str(out), "steps": 6, "save_every": 2, **changes})
+    return runs.Run(settings, Model(), 10, 1.0, (0.9, 0.98), torch.device("cpu"), {})
 
 
 def test_a_run_goes_on_where_it_stopped_and_drops_the_metrics_after_it(tmp_path):
@@ -197,28 +206,116 @@ def test_a_run_goes_on_where_it_stopped_and_drops_the_metrics_after_it(tmp_path)
     assert [(r["step"], r["loss"]) for r in runs.read_metrics(tmp_path)] == [(4, 1), (5, 0.25)]
     assert json.loads((tmp_path / "config.json").read_text())["steps"] == 6
     assert start(tmp_path, resume=True).first == 6
-    assert not (tmp_path / "last.old.pt").exists()
+    assert not (tmp_path / "earlier-1").exists()
 
 
-def test_a_run_that_begins_puts_an_earlier_checkpoint_aside(tmp_path):
-    (tmp_path / "last.pt").write_text("an earlier run's")
-    (tmp_path / "metrics.jsonl").write_text('{"step": 4, "loss": 1}\n')
+def test_a_run_that_begins_leaves_an_earlier_one_alone_until_it_has_a_checkpoint(tmp_path, capsys):
+    """Whatever fails before: the earlier run is as it was. Afterwards it is in a folder of its own, numbered."""
+    left = {"last.pt": "first run", "metrics.jsonl": '{"step": 4, "loss": 1}\n', "config.json": "{}", "own.txt": "mine"}
+    for name, text in left.items():
+        (tmp_path / name).write_text(text)
+    run = start(tmp_path)
+    run.write(step=1, loss=0.5)
+    assert run.first == 0 and {name: (tmp_path / name).read_text() for name in left} == left
+    for number in (1, 2):
+        list(start(tmp_path).each_step("test"))
+        assert f"is now in {tmp_path}/earlier-{number}" in capsys.readouterr().out
+    moved = {name: (tmp_path / "earlier-1" / name).read_text() for name in left if name != "own.txt"}
+    assert moved == {name: text for name, text in left.items() if name != "own.txt"}
+    assert (tmp_path / "own.txt").is_file() and (tmp_path / "earlier-2/last.pt").is_file()
+    assert runs.read_metrics(tmp_path) == [] and not list(tmp_path.glob("*.new.*"))
+    assert checkpoints.read_checkpoint(tmp_path / "last.pt")["step"] == 6
+
+
+def test_what_torchrun_restarts_before_its_first_checkpoint_begins_anew(tmp_path, monkeypatch):
+    list(start(tmp_path).each_step("test"))
+    start(tmp_path)  # another run, which dies
+    monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "1")
     assert start(tmp_path).first == 0
-    assert (tmp_path / "last.old.pt").read_text() == "an earlier run's" and not (tmp_path / "last.pt").exists()
-    assert runs.read_metrics(tmp_path) == []
+    assert start(tmp_path, resume=True).first == 6  # this is asked for, and the last word
+    assert start(tmp_path).first == 6
 
 
-def test_a_line_of_metrics_holds_the_means_since_the_last_and_a_loss_of_nan_stops_the_run(tmp_path):
+def test_the_checkpoint_before_the_last_is_kept(tmp_path):
+    list(start(tmp_path).each_step("test"))
+    assert [checkpoints.read_checkpoint(tmp_path / name)["step"] for name in ("previous.pt", "last.pt")] == [4, 6]
+    (tmp_path / "last.pt").unlink()
+    assert start(tmp_path, resume=True).first == 4
+
+
+def test_a_line_of_metrics_holds_the_means_since_the_last(tmp_path):
     run = start(tmp_path)
     for step in run.each_step("test"):
-        loss = torch.tensor(float("nan") if step == 4 else step)
-        if step == 5:
-            with pytest.raises(FloatingPointError, match="step 6: lower --lr"):
-                run.record(step, {"loss": loss, "right": loss * 10}, 0.1, "{loss:.1f}")
-        else:
-            run.record(step, {"loss": loss, "right": loss * 10}, 0.1, "{loss:.1f}")
+        loss = torch.tensor(float(step))
+        run.record(step, {"loss": loss, "right": loss * 10}, 0.1, "{loss:.1f}")
     found = [(r["step"], r["loss"], r["right"], r["epoch"]) for r in runs.read_metrics(tmp_path)]
-    assert found[:2] == [(2, 0.5, 5.0, 0.4), (4, 2.5, 25.0, 0.8)]
+    assert found == [(2, 0.5, 5.0, 0.4), (4, 2.5, 25.0, 0.8), (6, 4.5, 45.0, 1.2)]
+
+
+def test_a_step_whose_gradient_is_no_number_is_skipped_and_counted(tmp_path):
+    run = start(tmp_path)
+    for step in run.each_step("test"):
+        bad = float("nan") if step == 2 else 0.0
+        moved = one_step(run.model, run.optimizer, step, gradient=bad + 1)
+        assert all((d == 0).all() == (step == 2) for name, d in moved.items() if name in DECAYED), step
+        run.record(step, {"loss": torch.tensor(bad + step)}, 0.1, "{loss:.1f}")
+    found = [(r["step"], r["loss"], r.get("skipped_steps", 0)) for r in runs.read_metrics(tmp_path)]
+    assert found == [(2, 0.5, 0), (4, 3.0, 1), (6, 4.5, 0)]
+    steps = {int(state["step"]) for state in run.optimizer.adamw.state.values()}
+    assert steps == {5}
+
+
+@pytest.mark.parametrize("gradient, loss, said", [
+    (float("nan"), 1.0, "not finite in 11 steps in a row"), (0.0, float("inf"), "the loss is inf at step 8"),
+    (0.0, 1e4, r"risen from 3 to [\d.e+]+")])
+def test_a_run_that_goes_wrong_stops_and_the_good_checkpoint_stays(tmp_path, gradient, loss, said):
+    run = start(tmp_path, steps=20, save_every=6)
+    with pytest.raises(UserError, match=f"{said}: lower --lr; .*last.pt is from before"):
+        for step in run.each_step("test"):
+            one_step(run.model, run.optimizer, step, gradient=gradient if step > 6 else 1.0)
+            run.record(step, {"loss": torch.tensor(loss if step > 6 else 3.0)}, 0.1, "{loss:.1f}")
+    checkpoint = checkpoints.read_checkpoint(tmp_path / "last.pt")
+    assert checkpoint["step"] in (6, 12) and all(p.isfinite().all() for p in checkpoint["model"].values())
+
+
+def test_settings_that_change_the_method_are_said_on_resume(tmp_path, capsys):
+    list(start(tmp_path).each_step("test"))
+    start(tmp_path, resume=True, seed=3, gpus=2)
+    assert "from here on with --seed 3 (was 0)\n" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("number, code", [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_a_signal_ends_a_run_after_its_step_with_a_checkpoint(tmp_path, capsys, number, code):
+    handler = signal.getsignal(number)
+    with pytest.raises(SystemExit) as stopped:
+        for step in start(tmp_path).each_step("test"):
+            if step == 2:
+                os.kill(os.getpid(), number)
+    assert stopped.value.code == code and checkpoints.read_checkpoint(tmp_path / "last.pt")["step"] == 3
+    assert "stopped at step 3 of 6: --resume goes on" in capsys.readouterr().out
+    assert signal.getsignal(number) == handler and start(tmp_path, resume=True).first == 3
+
+
+def test_weights_that_are_no_numbers_and_prefixes(tmp_path):
+    model, optimizer = Model(), runs.Optimizer(Model(), Settings(), 10, (0.9, 0.98))
+    state = {f"module.{name}": value for name, value in model.state_dict().items()}
+    torch.save({"model": state, **optimizer.state_dict(), "step": 2}, tmp_path / "ddp.pt")
+    assert checkpoints.restore(tmp_path / "ddp.pt", Model(), optimizer) == 2
+    state["module.cls"][1] = float("nan")
+    torch.save({"model": state, **optimizer.state_dict(), "step": 2}, tmp_path / "nan.pt")
+    with pytest.raises(UserError, match="nan.pt holds numbers in cls that are none"):
+        checkpoints.restore(tmp_path / "nan.pt", Model(), optimizer)
+
+
+def test_a_damaged_tensor_is_noticed(tmp_path):
+    """torch itself loads a file of which one byte of a weight has changed."""
+    checkpoints.save_checkpoint(tmp_path / "last.pt", {"weights": torch.arange(1000.0)})
+    content = bytearray((tmp_path / "last.pt").read_bytes())
+    content[content.index(torch.arange(500.0, 510.0).numpy().tobytes())] ^= 1
+    (tmp_path / "last.pt").write_bytes(content)
+    assert not torch.equal(torch.load(tmp_path / "last.pt")["weights"], torch.arange(1000.0))
+    with pytest.raises(UserError, match="last.pt is damaged"):
+        checkpoints.read_checkpoint(tmp_path / "last.pt")
 
 
 def test_epochs_are_passes_over_the_videos(tmp_path):
