@@ -180,3 +180,8 @@ def open_store(folder, *names):
     """The first of these token stores that is in the folder. Raises UserError where none is."""
     found = [name for name in names if (Path(folder) / name / "index.npy").is_file()]
     return TokenStore(Path(folder) / (found or names)[0])
+
+
+def labelled_stores(folder):
+    """The token stores of a folder that the kNN accuracy looks at: those it takes neighbours from, and queries."""
+    return open_store(folder, "train", "train1"), open_store(folder, "val", "test", "test1")

@@ -23,7 +23,7 @@ os.environ["OMP_NUM_THREADS"] = "1"  # likewise in the scripts that tests start
 import data
 import toy
 from plumbing import cli, runs
-from plumbing.store import StoreWriter
+from plumbing.writer import StoreWriter
 
 TINY = dict(layers=1, dim=16, heads=2, head_dim=8, mlp_dim=32, projection_hidden=16, batch=4, log_every=2, save_every=3,
             knn_every=3, knn=3, device="cpu")
@@ -94,10 +94,10 @@ def write_store(path, videos, **header):
                   height=videos[0][0].shape[2], width=videos[0][0].shape[3], views=[[16, "center", False]], root="/",
                   classes=None) | header
     writer = StoreWriter(path, header)
-    for number, (tokens, labels) in enumerate(videos):
-        writer.add(number, f"{number}.mp4", tokens, labels)
+    for number, (tokens, _) in enumerate(videos):
+        writer.add(f"{number}.mp4", tokens)
     writer.close()
-    writer.finish()
+    writer.finish([(f"{number}.mp4", labels, None, None) for number, (_, labels) in enumerate(videos)])
     return data.TokenStore(path)
 
 
