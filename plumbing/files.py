@@ -65,8 +65,13 @@ def read_lines(path):
 
 def try_folder(folder):
     """Makes a folder. Raises UserError where nothing can be written into it."""
-    write_text(Path(folder) / ".try", " " * 4096)
-    (Path(folder) / ".try").unlink(missing_ok=True)
+    trial = Path(folder) / f".try-{secrets.token_hex(4)}"
+    with writing(folder):
+        Path(folder).mkdir(parents=True, exist_ok=True)
+        try:
+            trial.write_bytes(bytes(4096))
+        finally:
+            trial.unlink(missing_ok=True)
 
 
 def lock(folder):

@@ -106,9 +106,9 @@ def tokenize(tokenizer, videos, root, out, fps, size, views, name, classes=None,
 
 
 def earlier(out, header, listed, made, old_fingerprint):
-    """What a finished store that is about to change has of the listed videos -> how many of its videos are kept, how
-    many are no longer listed; None where none is. Raises UserError where a store of another kind or of the videos of
-    another folder stands there. old_fingerprint: that of all weights, as it was once taken of DALL-E's decoder too."""
+    """What a finished store that is about to change has of the listed videos -> how many it need not make, how many of
+    its videos are no longer listed; None where none is. Raises UserError where a store of another kind or of the videos
+    of another folder stands there. old_fingerprint: of all weights, as it was once taken of DALL-E's decoder too."""
     out = Path(out)
     if (out / "header.json").is_file():
         found = read_header(out, compared=True)
@@ -120,9 +120,8 @@ def earlier(out, header, listed, made, old_fingerprint):
     if not all((out / name).is_file() for name in ("index.npy", "names.txt")):
         return None
     before = set((out / "names.txt").read_bytes().decode(errors="replace").split("\n")[:-1])
-    now = {name: place for name, _, *place in listed}
-    kept = [name for name in before if name in now and made_of(made, name, *now[name], header["root"])]
-    return len(kept), len(before - now.keys())
+    kept = sum(made_of(made, name, *place, header["root"]) is not None for name, _, *place in listed)
+    return kept, len(before - {name for name, *_ in listed})
 
 
 def finish_store(writer, errors, listed, before):

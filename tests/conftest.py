@@ -2,6 +2,7 @@
 import contextlib
 import io
 import os
+import shutil
 import subprocess
 import sys
 from concurrent.futures import ProcessPoolExecutor
@@ -120,6 +121,18 @@ def write_video():
                 writer.append_data(frame)
         return path
     return write
+
+
+@pytest.fixture(scope="session")
+def small_disk(tmp_path_factory):
+    """-> a function: what starts a command with a disk of 400 kB, mounted in a folder for it alone."""
+    def under(folder):
+        folder.mkdir()
+        return ["unshare", "-rm", "sh", "-c", 'mount -t tmpfs -o size=400k x "$0" && exec "$@"', str(folder)]
+    tried = [*under(tmp_path_factory.mktemp("disk") / "x"), "true"]
+    if not shutil.which("unshare") or subprocess.run(tried, check=False, capture_output=True).returncode:
+        pytest.skip("needs a namespace of its own to mount a small disk in")
+    return under
 
 
 @pytest.fixture(scope="session")
