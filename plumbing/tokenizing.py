@@ -90,7 +90,7 @@ def tokenize(tokenizer, videos, root, out, fps, size, views, name, classes=None,
         decoded = decode_all(todo, lambda path: read_views(path, fps, size, views, (spans or {}).get(path)),
                              workers or os.cpu_count())
         errors, start, done = [], time.perf_counter(), 0
-        bar = progress(decoded, "tokenising", len(todo), " videos", show=rank == 0)
+        bar = progress(decoded, "tokenising", len(todo), " videos", show=rank == 0 and bool(todo))
         for path, frames in bar:
             if isinstance(frames, VideoError):
                 errors.append(str(frames))
