@@ -10,7 +10,7 @@ import toy
 import vqvae
 from plumbing.cli import UserError
 from plumbing.files import lock, locked
-from plumbing.processes import rank_and_world, say, wait_for_all
+from plumbing.processes import by_first, say
 from plumbing.store import check_alike
 from plumbing.tokenizing import fingerprint
 
@@ -28,7 +28,7 @@ def prepare(config, device):
         if place:
             check_tokenizer(place, store)
         check_labelled(store, labelled)
-        lock(config.out)
+        by_first(lock, config.out)
     else:
         store, place, labelled = make(config, device)
         check_labelled(store, labelled)
@@ -40,27 +40,18 @@ def prepare(config, device):
 
 def make(config, device):
     """Makes what is missing of the toy world, or of a folder of videos -> as `prepare`."""
-    first = rank_and_world()[0] == 0
     if config.videos:
         home, root, classes, labelled = Path(config.out), config.videos, None, config.monitor
         splits = {"pretrain": [(path, {}) for path, _ in data.list_videos("folder", root, "")]}
     else:
         root, sizes = toy.sized(config.toy_videos)
         home, classes, labelled = root, toy.CLASSES, config.monitor or root / "tokens"
-    lock(config.out)  # also tries it, before the long work
+    by_first(lock, config.out)  # also tries it, before the long work
     if not config.videos:
-        if first and not (home / "toy.png").is_file():
-            toy.make(home, sizes)
-        wait_for_all()
+        by_first(lambda: (home / "toy.png").is_file() or toy.make(home, sizes))
         splits = {split: toy.split_videos(home, split) for split in toy.SPLITS}
     place = Path(config.tokenizer or home / "tokenizer.pt")
-    if first and not place.is_file():
-        with locked(home):
-            found, _ = vqvae.make_tokenizer(
-                [path for path, _ in splits["pretrain"]], place, config.fps, config.frame_size, 8000,
-                codes=config.codes, steps=config.tokenizer_steps, batch=64, lr=2e-3, seed=config.seed, device=device)
-        say(f"tokenizer: {found}")
-    wait_for_all()
+    by_first(lambda: place.is_file() or make_tokenizer(config, splits["pretrain"], home, place, device))
     tokenizer, views = vqvae.load_tokenizer(place).to(device), data.views_for("pretrain", config.frame_size)
     if not config.tokenizer and tokenizer.vocab_size != config.codes:
         raise UserError(f"{place} has {tokenizer.vocab_size} codes, not {config.codes}: give --codes "
@@ -69,6 +60,14 @@ def make(config, device):
         vqvae.tokenize(tokenizer, videos, root, home / "tokens" / split, config.fps, config.frame_size, views,
                        place.name, classes)
     return data.TokenStore(home / "tokens/pretrain"), place, labelled
+
+
+def make_tokenizer(config, videos, home, place, device):
+    with locked(home):
+        found, _ = vqvae.make_tokenizer(
+            [path for path, _ in videos], place, config.fps, config.frame_size, 8000, codes=config.codes,
+            steps=config.tokenizer_steps, batch=64, lr=2e-3, seed=config.seed, device=device)
+    say(f"tokenizer: {found}")
 
 
 def check_tokenizer(path, store):

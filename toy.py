@@ -26,7 +26,7 @@ import numpy as np
 
 from plumbing.annotations import list_videos
 from plumbing.cli import UserError, option, parse, progress, run
-from plumbing.files import locked, whole, write_text
+from plumbing.files import locked, whole, write_text, writing
 
 SIZE, FRAMES, FPS = 64, 32, 8
 SPLITS = {"pretrain": 2000, "train": 400, "val": 300, "test": 500}  # pretrain: its labels are never used
@@ -99,7 +99,8 @@ def make(root, splits=None, seed=0, workers=None):
     if not finished.is_file():
         with locked(root):
             write_text(record, json.dumps(asked))
-            write_world(root, asked["splits"], seed, workers)
+            with writing(root / "videos"):
+                write_world(root, asked["splits"], seed, workers)
             with whole(finished) as file:
                 imageio.imwrite(file, picture(seed), format="png")
     found = json.loads(record.read_text()) if record.is_file() else asked  # older worlds do not say

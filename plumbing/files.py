@@ -4,6 +4,7 @@ import errno
 import json
 import os
 import secrets
+import shutil
 import socket
 from pathlib import Path
 
@@ -27,9 +28,10 @@ def writing(path):
         cause = error
         while cause and not isinstance(cause, OSError):
             cause = cause.__context__  # torch.save speaks of an "unexpected pos" while it handles the disk's error
-        if cause is None or cause.errno is None:
+        full = isinstance(cause, OSError) and (cause.errno in (errno.ENOSPC, errno.EDQUOT) or (
+            cause.errno is None and shutil.disk_usage(Path(path).parent).free < 65536))  # ffmpeg's pipe, by imageio
+        if not full and (cause is None or cause.errno is None):
             raise
-        full = cause.errno in (errno.ENOSPC, errno.EDQUOT)
         raise UserError(f"the disk of {path} is full: make room and start again" if full else
                         f"cannot write {path}: {os.strerror(cause.errno).lower()}") from error
 

@@ -73,6 +73,24 @@ def wait_for_all():
         dist.barrier(patient_group())
 
 
+def by_first(function, *args):
+    """What a function gives in the first process, which alone calls it, while the others wait and get None; where it
+    raises a UserError, they end with it, without a word."""
+    result = error = None
+    if rank_and_world()[0] == 0:
+        try:
+            result = function(*args)
+        except UserError as found:
+            error = found
+    wait_for_all()
+    refused = any(from_all(error is not None))
+    if error:
+        raise error
+    if refused:
+        sys.exit(2)
+    return result
+
+
 def leave_group():
     """Called by all after the last of their exchanges. Only the first process returns, for what is left to write.
 

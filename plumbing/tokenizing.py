@@ -2,6 +2,7 @@
 
 Shapes: F frames of a video, S frame side in pixels.
 """
+import contextlib
 import hashlib
 import math
 import os
@@ -13,7 +14,7 @@ import torch
 from plumbing.cli import progress
 from plumbing.decoding import VideoError, decode_all, read_views
 from plumbing.files import locked, write_text
-from plumbing.processes import from_all, rank_and_world, say, share, wait_for_all
+from plumbing.processes import by_first, from_all, rank_and_world, say, share, wait_for_all
 from plumbing.store import check_header, read_header
 from plumbing.writer import (
     StoreWriter,
@@ -83,9 +84,9 @@ def tokenize(tokenizer, videos, root, out, fps, size, views, name, classes=None,
     todo = {path: (relative, *place) for path, relative, place in own if not made_of(made, relative, *place, root)}
     if not any(from_all(bool(todo) or (rank == 0 and not is_finished(out, contents(header, listed, made)[0])))):
         return False
-    with locked(out):  # by the first process, for which the others wait
-        before = earlier(out, header, listed, made, fingerprint(tokenizer, "")) if rank == 0 else None
-        wait_for_all()
+    with contextlib.ExitStack() as held:
+        by_first(held.enter_context, locked(out))
+        before = by_first(earlier, out, header, listed, made, fingerprint(tokenizer, ""))
         writer = StoreWriter(out, header, rank)
         decoded = decode_all(todo, lambda path: read_views(path, fps, size, views, (spans or {}).get(path)),
                              workers or os.cpu_count())
@@ -129,11 +130,10 @@ def finish_store(writer, errors, listed, before):
     writer.close()
     wait_for_all()  # until all have closed theirs
     errors = [line for part in from_all(errors) for line in part]
-    if writer.rank == 0:
-        for line in errors:
-            say(f"skipped {line}")
-        write_text(writer.path / "errors.txt", "".join(f"{line}\n" for line in errors))
-        videos = writer.finish(listed)
-        changes = " ({0} kept, {2} new, {1} no longer listed)".format(*before, videos - before[0]) if before else ""
-        say(f"{writer.path}: {videos} videos tokenised, {len(errors)} could not be decoded{changes}")
-    wait_for_all()
+    for line in errors:
+        say(f"skipped {line}")
+    by_first(write_text, writer.path / "errors.txt", "".join(f"{line}\n" for line in errors))
+    videos = by_first(writer.finish, listed)
+    changes = "" if before is None else (f" ({before[0]} kept, {videos - before[0]} new, "
+                                         f"{before[1]} no longer listed)")
+    say(f"{writer.path}: {videos} videos tokenised, {len(errors)} could not be decoded{changes}")

@@ -141,6 +141,14 @@ def test_the_centre_view_is_found_among_all(tmp_path, kind, dataset, views):
 # ---------------------------------------------------------------- damaged stores
 
 
+def without_checksums(path):
+    """The store as an earlier version wrote it."""
+    header = json.loads((path / "header.json").read_text())
+    del header["checksum"], header["checksums"]
+    (path / "header.json").write_text(json.dumps(header))
+    return path
+
+
 def damage(path, kind):
     content, middle = path.read_bytes(), path.stat().st_size // 2
     path.write_bytes({"empty": b"", "short": content[:middle], "gone": b"",
@@ -156,12 +164,10 @@ def test_a_damaged_store_is_refused_with_the_file_named(tmp_path, kind, file, ol
     """A byte of tokens, which opening does not read, `check` finds; in a store made before there were checksums, one of
     the names or labels nobody does."""
     path = write_store(tmp_path / "s", some_videos())
+    if old and kind == "changed":
+        return
     if old:
-        header = json.loads((path / "header.json").read_text())
-        del header["checksum"], header["checksums"]
-        (path / "header.json").write_text(json.dumps(header))
-        if kind == "changed":
-            return
+        without_checksums(path)
     damage(path / file, kind)
     if (kind, file, old) == ("gone", "labels-label.npy", True):
         with pytest.raises(UserError, match="no labels 'label': it has other"):
@@ -213,6 +219,29 @@ def test_a_damaged_journal_costs_time_and_no_tokens(tmp_path, seed):
     check_tokens(TokenStore(path))
 
 
+def test_a_digit_of_the_journal_that_is_another_gives_no_other_tokens(tmp_path):
+    videos = some_videos()
+    path = write_store(tmp_path / "s", videos)
+    before = everything(TokenStore(path))
+    journal = path / "journal-00000.jsonl"
+    journal.write_text(journal.read_text().replace('"start": 24,', '"start": 16,'))
+    write_store(path, videos)
+    assert everything(TokenStore(path))[1] == before[1]
+
+
+def test_what_has_no_checksums_is_checked_by_itself(tmp_path):
+    """Labels by their number, tokens by their range."""
+    path = without_checksums(write_store(tmp_path / "s", some_videos()))
+    np.save(path / "labels-label.npy", np.zeros(4, "<i4"))
+    with pytest.raises(UserError, match="labels-label.npy has 4 labels for 5 videos"):
+        TokenStore(path).labels()
+    (path / "journal-00000.jsonl").unlink()
+    assert "of 0 videos with the checksum" in check_tokens(TokenStore(path))
+    (path / "tokens-00000.bin").write_bytes(b"\xff" * (path / "tokens-00000.bin").stat().st_size)
+    with pytest.raises(UserError, match="class 0/v#0é.mp4 has other tokens"):
+        check_tokens(TokenStore(path))
+
+
 def test_a_shard_cut_short_is_made_again_and_not_filled_with_zeros(tmp_path):
     videos = some_videos()
     path = write_store(tmp_path / "s", videos)
@@ -236,11 +265,8 @@ def test_a_store_without_videos_is_refused(tmp_path):
         write_store(tmp_path / "s", {})
     path = write_store(tmp_path / "old", some_videos())
     np.save(path / "index.npy", np.load(path / "index.npy")[:0])
-    old = json.loads((path / "header.json").read_text())
-    del old["checksum"], old["checksums"]
-    (path / "header.json").write_text(json.dumps(old))
     with pytest.raises(UserError, match="holds no videos"):
-        TokenStore(path)
+        TokenStore(without_checksums(path))
 
 
 def test_stores_of_two_tokenizers_are_told_apart(tmp_path):

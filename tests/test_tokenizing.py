@@ -15,7 +15,7 @@ from conftest import ROOT, call, run
 
 import data
 import vqvae
-from plumbing import processes, tokenizing
+from plumbing import files, processes, tokenizing
 from plumbing.cli import UserError
 from plumbing.decoding import read_views
 from plumbing.store import TokenStore
@@ -253,6 +253,15 @@ def test_two_tokenisations_of_one_folder_do_not_meet(folder):
     assert 0 in [process.returncode for process in both], said
     call(vqvae, *command(folder, folder / "new"))
     assert content(folder / "s") == content(folder / "new")
+
+
+def test_a_group_that_is_refused_says_so_once(folder):
+    files.lock(folder / "s")
+    done = run(folder, *command(folder, "s"), script="vqvae.py",
+               under=["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"])
+    files.unlock(folder / "s")
+    assert done.returncode != 0 and done.stderr.count("is being written by") == 1
+    assert "[rank1]" not in done.stderr and "Connection closed" not in done.stderr
 
 
 def test_a_full_disk_stops_a_tokenisation_in_one_line_and_room_lets_it_go_on(folder, small_disk):

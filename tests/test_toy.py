@@ -1,3 +1,5 @@
+import subprocess
+import sys
 from pathlib import Path
 
 import imageio.v2 as imageio
@@ -46,6 +48,12 @@ def test_a_world_of_another_seed_is_not_taken_for_this_one(tmp_path):
         toy.make(tmp_path / "toy", {"train": 3}, seed=1, workers=1)
     (tmp_path / "toy/toy.json").unlink()  # made before worlds said it
     assert toy.make(tmp_path / "toy", {"train": 3}, workers=1) == tmp_path / "toy"
+
+
+def test_a_disk_that_is_too_small_for_the_world_is_called_full(tmp_path, small_disk):
+    argv = [sys.executable, toy.__file__, "--out", tmp_path / "disk/toy"]
+    done = subprocess.run([*small_disk(tmp_path / "disk"), *argv], check=False, capture_output=True, text=True)
+    assert done.returncode == 2 and f"the disk of {tmp_path}/disk/toy/videos is full" in done.stderr.splitlines()[-1]
 
 
 def ink(video):
