@@ -104,6 +104,13 @@ def test_a_store_that_is_not_there_or_not_finished_is_refused(tmp_path):
             TokenStore(path)
 
 
+def test_labels_that_are_no_longer_given_leave_the_store(tmp_path):
+    videos = some_videos()
+    write_store(tmp_path / "s", videos)
+    write_store(tmp_path / "s", {name: (tokens, {"label": 1}) for name, (tokens, _) in videos.items()})
+    assert TokenStore(tmp_path / "s").label_sets() == ["label"]
+
+
 def test_a_store_of_a_later_format_is_refused(tmp_path):
     write_store(tmp_path / "s", some_videos(1), format=2)
     with pytest.raises(UserError, match="format 2; this version reads 1"):
