@@ -200,15 +200,14 @@ def place(tmp_path_factory, write_video):
 
 def test_a_tokenizer_that_is_there_is_not_overwritten(tmp_path, place):
     (tmp_path / "t.pt").write_bytes(b"of a month's tokens")
-    done = call(vqvae, *train(place), "--out", tmp_path / "t.pt")
+    done = call(vqvae, *train(place), "--steps", 3, "--out", tmp_path / "t.pt")
     assert done.returncode == 2 and "t.pt is there already" in done.stderr and len(done.stderr.splitlines()) == 1
     assert (tmp_path / "t.pt").read_bytes() == b"of a month's tokens"
 
 
-@pytest.mark.parametrize("steps", [1, 3])
-@pytest.mark.parametrize("lr", [1e30, 1e19])
+@pytest.mark.parametrize("lr, steps", [(1e30, 1), (1e4, 1), (1e30, 300)])  # the last in the middle, by its NaNs
 def test_a_tokenizer_that_went_to_infinity_is_not_saved(tmp_path, place, steps, lr):
-    done = call(vqvae, *train(place), "--out", tmp_path / "t.pt", "--lr", lr, "--steps", steps)
+    done = call(vqvae, *train(place), "--out", tmp_path / "t.pt", "--lr", lr, "--steps", steps, "--batch", 4)
     assert done.returncode == 2 and "lower --lr" in done.stderr.splitlines()[-1]
     assert not (tmp_path / "t.pt").exists()
 
