@@ -84,6 +84,8 @@ class DalleVAE(nn.Module):
 
     On a GPU in half precision, which gives some frames other tokens: `arithmetic` says which of the two it is."""
 
+    fingerprinted = "encoder."  # what makes the tokens; the decoder is not always there
+
     def __init__(self, encoder, decoder=None):
         super().__init__()
         self.encoder, self.decoder = encoder.eval(), decoder and decoder.eval()

@@ -137,8 +137,9 @@ class EvenClips:
         return len(self.store)
 
     def __getitem__(self, video):
-        return np.concatenate([even_clips(self.store.tokens(video, view), self.frames, self.stride, self.clips,
-                                          self.store.header["vocab_size"]) for view in self.views])
+        starts = even_starts(int(self.store.index["frames"][video]), self.frames, self.stride, self.clips)
+        return np.stack([self.store.cut(video, start, self.frames, self.stride, view)
+                         for view in self.views for start in starts])
 
 
 # ---------------------------------------------------------------- which videos, in which order
@@ -187,3 +188,8 @@ def open_store(folder, *names):
     """The first of these token stores that is in the folder. Raises UserError where none is."""
     found = [name for name in names if (Path(folder) / name / "index.npy").is_file()]
     return TokenStore(Path(folder) / (found or names)[0])
+
+
+def labelled_stores(folder):
+    """The token stores of a folder that the kNN accuracy looks at: those it takes neighbours from, and queries."""
+    return open_store(folder, "train", "train1"), open_store(folder, "val", "test", "test1")

@@ -29,6 +29,7 @@ from plumbing.cli import UserError, option, parse, progress, run
 from plumbing.fitting import fit, memory_explained, slices
 from plumbing.pictures import draw_confusion, draw_curves
 from plumbing.processes import move, rank_and_world, say, seed_all
+from plumbing.store import check_alike
 from plumbing.tokens import PAD
 from transformer import VideoTransformer, load_backbone
 
@@ -207,6 +208,7 @@ def prepare(config, device):
     splits = [config.eval_split] if config.eval_only else ["train", config.eval_split]
     stores = {split: data.open_store(config.data, f"{split}{config.split or ''}", *[split] * (config.split == 1))
               for split in splits}  # split 1 may also be called by its part alone
+    check_alike(*stores.values())
     labels, classes, names = pick_labels(stores, config.labels)
     seed_all(config.seed)
     store, backbone = stores[config.eval_split], load_backbone(config.checkpoint, dropout=config.dropout)

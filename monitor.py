@@ -52,7 +52,7 @@ def knn_accuracies(backbone, folder, fps, k, batch=64):
     Neighbours come from the store train (or train1), queries from val, or where there is none from test (or test1).
     fps: frames a second of the clips that the model was trained on. k: how many neighbours vote. batch: clips a pass.
     """
-    stores = data.open_store(folder, "train", "train1"), data.open_store(folder, "val", "test", "test1")
+    stores = data.labelled_stores(folder)
     features = [clip_features(backbone, store, fps, batch) for store in stores]
     result = {}
     for name in stores[0].label_sets():
@@ -102,14 +102,20 @@ def report(config, model, store, tokenizer=None):
         values = [record[name] for record in records if name in record]
         print(f"kNN on {name.removeprefix('knn_')}: {100 * values[-1]:.1f}% (untrained: {100 * values[0]:.1f}%)")
     if tokenizer:
-        shown = held_out if len(held_out) else np.arange(len(store))
-        shown = shown[data.spread(6, len(shown))]
+        videos = shown(config, store)
         with torch.compiler.set_stance("force_eager"):
-            pictures = fill_in(model, tokenizer, store, shown, config.clip_fps(store),
+            pictures = fill_in(model, tokenizer, store, videos, config.clip_fps(store),
                                torch.Generator().manual_seed(config.seed), **config.masks())
-        save_fill_in(pictures, [Path(store.name(video)).name for video in shown], Path(config.out) / "fill_in",
+        save_fill_in(pictures, [Path(store.name(video)).name for video in videos], Path(config.out) / "fill_in",
                      " (videos held out of training)" if len(held_out) else "")
     print(f"{config.out}: last.pt, metrics.jsonl, curves.png{', fill_in.png, fill_in.gif' if tokenizer else ''}")
+
+
+def shown(config, store):
+    """The videos that pictures show: six of those held out, or of all -> their numbers."""
+    training, held_out = data.hold_out(len(store), config.held_out)
+    videos = held_out if len(held_out) else training
+    return videos[data.spread(6, len(videos))]
 
 
 # ---------------------------------------------------------------- Figures 4 and 5

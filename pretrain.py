@@ -23,15 +23,13 @@ import data
 import masking
 import monitor
 import predict
-import toy
 import vqvae
 from contrastive import ProjectionHead, cached_gradients, contrastive_loss, join, with_gradients
 from plumbing import checkpoints, processes, released, runs
 from plumbing.cli import UserError, option, parse, run
 from plumbing.fitting import described, fit, memory_explained, plan, share_out, slices
-from plumbing.processes import rank_and_world, say, seed_all, wait_for_all
-from plumbing.store import check_header
-from plumbing.tokenizing import fingerprint
+from plumbing.processes import rank_and_world, say, seed_all
+from prepare import prepare
 from transformer import TokenHead, TransformerConfig, VideoTransformer, init_weights, resize_table
 
 PRESETS = {
@@ -238,43 +236,6 @@ def update(model, config, clips, vocab_size, optimizer, precision, step):
                 optimizer.backward(loss)
             found.append((mask.detach(), accuracy, share * contrast.detach()))
     return measures(config, *(sum(values) for values in zip(*found))), optimizer.step(step)
-
-
-# ---------------------------------------------------------------- what is made when missing
-
-
-def prepare(config, device):
-    """Makes videos, tokenizer and tokens where they are missing -> (store, tokenizer path or None, monitor folder)."""
-    if config.data:
-        store = data.TokenStore(config.data)
-        if (size := store.header["size"]) != config.frame_size:
-            raise UserError(f"--data {config.data} holds frames of {size} pixels: give --frame-size {size}")
-        return store, config.tokenizer or None, config.monitor or None
-    rank, (home, sizes) = rank_and_world()[0], (Path(config.out), {}) if config.videos else toy.sized(config.toy_videos)
-    place = Path(config.tokenizer or home / "tokenizer.pt")
-    if rank == 0 and not config.videos:
-        toy.make(home, sizes)
-    wait_for_all()
-    if config.videos:
-        root, splits = config.videos, {"pretrain": [(p, {}) for p, _ in data.list_videos("folder", config.videos, "")]}
-    else:
-        root, splits = home, {split: toy.split_videos(home, split) for split in toy.SPLITS}
-    if rank == 0 and not place.is_file():
-        found, _ = vqvae.make_tokenizer(
-            [path for path, _ in splits["pretrain"]], place, config.fps, config.frame_size, 8000, codes=config.codes,
-            steps=config.tokenizer_steps, batch=64, lr=2e-3, seed=config.seed, device=device)
-        say(f"tokenizer: {found}")
-    wait_for_all()
-    tokenizer, views = vqvae.load_tokenizer(place).to(device), data.views_for("pretrain", config.frame_size)
-    wanted = dict(fingerprint=fingerprint(tokenizer), fps=config.fps, size=config.frame_size)
-    for split, videos in splits.items():
-        out = home / "tokens" / split
-        if not (out / "index.npy").is_file():
-            vqvae.tokenize(tokenizer, videos, root, out, config.fps, config.frame_size, views, place.name,
-                           None if config.videos else toy.CLASSES)
-        check_header(out, data.TokenStore(out).header, wanted)
-    labelled = config.monitor or (None if config.videos else home / "tokens")
-    return data.TokenStore(home / "tokens/pretrain"), place, labelled
 
 
 # ---------------------------------------------------------------- training

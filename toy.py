@@ -13,6 +13,7 @@ another; colours come from a short palette, so that they can be shared by the to
 
 Shapes: F frames, S = 64 pixels.
 """
+import json
 import os
 import subprocess
 import sys
@@ -26,8 +27,8 @@ import imageio_ffmpeg
 import numpy as np
 
 from plumbing.annotations import list_videos
-from plumbing.cli import option, parse, progress, run
-from plumbing.store import write_text
+from plumbing.cli import UserError, option, parse, progress, run
+from plumbing.files import locked, whole, write_text, writing
 
 SIZE, FRAMES, FPS = 64, 32, 8
 SPLITS = {"pretrain": 2000, "train": 400, "val": 300, "test": 500}  # pretrain: its labels are never used
@@ -95,15 +96,28 @@ def write_videos(numbers, folder, seed):
 
 
 def make(root, splits=None, seed=0, workers=None):
-    """Writes the world: root/videos/*.mp4, root/<label set>/<split>.txt and classes.txt, root/toy.png.
+    """Writes the world: root/videos/*.mp4, root/<label set>/<split>.txt and classes.txt, root/toy.json, root/toy.png.
 
-    Whatever stands there already from a whole earlier call is left as it is. Returns root.
+    Whatever stands there already from a whole earlier call is left as it is. Returns root. Raises UserError where that
+    is a world of another seed or other splits, and where another program is making one there.
     """
-    root, splits = Path(root), splits or SPLITS
-    finished = root / "toy.png"  # written last
-    if finished.is_file():
-        return root
-    (root / "videos").mkdir(parents=True, exist_ok=True)
+    root, asked = Path(root), {"seed": seed, "splits": splits or SPLITS}
+    finished, record = root / "toy.png", root / "toy.json"  # the first is written last
+    if not finished.is_file():
+        with locked(root):
+            write_text(record, json.dumps(asked))
+            with writing(root / "videos"):
+                write_world(root, asked["splits"], seed, workers)
+            with whole(finished) as file:
+                imageio.imwrite(file, picture(seed), format="png")
+    found = json.loads(record.read_text()) if record.is_file() else asked  # older worlds do not say
+    if found != asked:
+        raise UserError(f"{root} was made with {found}, not {asked}: choose another folder or delete it")
+    return root
+
+
+def write_world(root, splits, seed, workers):
+    (root / "videos").mkdir(exist_ok=True)
     total = sum(splits.values())
     with ProcessPoolExecutor(workers or os.cpu_count()) as pool:
         groups = [range(first, min(first + 32, total)) for first in range(0, total, 32)]
@@ -117,8 +131,6 @@ def make(root, splits=None, seed=0, workers=None):
             lines = [f"../videos/{i:05d}.mp4 {labels[i][name]}\n" for i in range(start, start + count)]
             write_text(root / name / f"{split}.txt", "".join(lines))
             start += count
-    imageio.imwrite(finished, picture(seed))
-    return root
 
 
 def sized(count):

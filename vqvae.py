@@ -2,11 +2,13 @@
 
     python vqvae.py train --videos DIR --out vqvae.pt
     python vqvae.py tokenize --videos DIR --tokenizer vqvae.pt --out tokens/mine
+    python vqvae.py check tokens/mine                      reads all of it: is it what was written?
     torchrun --nproc-per-node 8 vqvae.py tokenize ...      each process takes its share of the videos
 
 Shapes: N frames, S frame side in pixels, h = w = S/8, K codes, c dimensions of a code.
 """
 import math
+import sys
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -20,9 +22,11 @@ from dalle import DalleVAE
 from plumbing.annotations import DATASETS, class_names, frame_spans, list_videos
 from plumbing.checkpoints import read_checkpoint, save_checkpoint
 from plumbing.cli import UserError, option, parse_command, progress, run
-from plumbing.processes import leave_group, pick_device, seed_all
+from plumbing.files import try_folder
+from plumbing.processes import leave_group, pick_device, say, seed_all, wait_for_all
 from plumbing.runs import learning_rate
-from plumbing.tokenizing import frames_at_once, tokenize
+from plumbing.tokenizing import measure, psnr, tokenize
+from plumbing.writer import check_tokens
 
 
 class Codebook(nn.Module):
@@ -101,6 +105,8 @@ class VQVAE(nn.Module):
     """A small tokenizer. Each 8x8 patch is encoded on its own, so that a token tells of its own place only; the
     decoder sees the neighbours and smooths the seams."""
 
+    fingerprinted = ""  # all weights
+
     def __init__(self, codes=128, width=128, code_dim=16):
         super().__init__()
         self.settings = {"codes": codes, "width": width, "code_dim": code_dim}
@@ -125,6 +131,8 @@ class VQVAE(nn.Module):
         codes (N, h, w)."""
         x = to_pixels(frames)
         z = self.encoder(x)  # (N, c, h, w)
+        if not z.isfinite().all():
+            raise UserError("the tokenizer's training has gone to infinity: lower --lr")
         n, c, h, w = z.shape
         quantised, index, commitment = self.codebook(z.permute(0, 2, 3, 1).reshape(-1, c))
         error = F.mse_loss(self.decoder(quantised.reshape(n, h, w, c).permute(0, 3, 1, 2)), x)
@@ -153,17 +161,21 @@ def to_pixels(frames):
 def load_tokenizer(path):
     """A tokenizer that `train` saved -> VQVAE, or DALL-E's encoder.pkl -> DalleVAE; ready to encode.
 
-    A decoder.pkl beside an encoder.pkl is loaded too. Raises UserError for a file that is neither.
+    A decoder.pkl beside an encoder.pkl is loaded too. Raises UserError for a file that is neither, or whose weights
+    are not all numbers.
     """
     path = Path(path)
     if path.suffix == ".pkl":
         decoder = path.with_name("decoder.pkl")
-        return DalleVAE.from_pickles(path, decoder if decoder.is_file() else None)
-    content = read_checkpoint(path)
-    if "vqvae" not in content:
-        raise UserError(f"{path} holds no tokenizer (python vqvae.py train makes one)")
-    tokenizer = VQVAE(**content["vqvae"])
-    tokenizer.load_state_dict(content["model"])
+        tokenizer = DalleVAE.from_pickles(path, decoder if decoder.is_file() else None)
+    else:
+        content = read_checkpoint(path)
+        if "vqvae" not in content:
+            raise UserError(f"{path} holds no tokenizer (python vqvae.py train makes one)")
+        tokenizer = VQVAE(**content["vqvae"])
+        tokenizer.load_state_dict(content["model"])
+    if not all(weight.isfinite().all() for weight in tokenizer.state_dict().values()):
+        raise UserError(f"{path} holds weights that are no numbers: train it anew with a lower --lr")
     return tokenizer.eval()
 
 
@@ -171,7 +183,8 @@ def load_tokenizer(path):
 
 
 def train_tokenizer(frames, codes, steps, batch, lr, seed, device):
-    """Trains on uint8 frames (N, S, S, 3) by reconstruction error + 0.25 x commitment loss -> VQVAE."""
+    """Trains on uint8 frames (N, S, S, 3) by reconstruction error + 0.25 x commitment loss -> VQVAE. Raises UserError
+    where that goes to infinity."""
     seed_all(seed)
     tokenizer = VQVAE(codes).to(device).train()
     optimizer = torch.optim.AdamW(tokenizer.parameters(), lr=lr, weight_decay=0)
@@ -185,26 +198,11 @@ def train_tokenizer(frames, codes, steps, batch, lr, seed, device):
         optimizer.step()
         if step % 20 == 0:
             bar.set_postfix_str(f"PSNR {psnr(error.item()):.1f} dB, {len(index.unique())} codes", refresh=False)
-    return tokenizer.eval()
-
-
-def psnr(error):
-    """Peak signal-to-noise ratio in dB of a mean squared error of pixels in -1..1."""
-    return 10 * math.log10(4 / max(error, 1e-10))
-
-
-@torch.no_grad()
-def measure(tokenizer, frames, batch=256):
-    """How good a tokenizer is on uint8 frames (N, S, S, 3) -> dict of error, psnr (dB), perplexity, codes_used."""
-    errors, counts = 0.0, torch.zeros(tokenizer.vocab_size)
-    for part in torch.from_numpy(frames).split(frames_at_once(batch, frames.shape[1])):
-        tokens = tokenizer.encode(part)
-        decoded = tokenizer.decode(tokens).cpu()
-        errors += (to_pixels(decoded) - to_pixels(part)).square().mean().item() * len(part)
-        counts += torch.bincount(tokens.flatten().cpu(), minlength=len(counts))
-    error, p = errors / len(frames), counts / counts.sum()
-    perplexity = torch.exp(-(p * p.clamp(min=1e-10).log()).sum()).item()
-    return {"error": error, "psnr": psnr(error), "perplexity": perplexity, "codes_used": (p > 0).float().mean().item()}
+    with torch.no_grad():
+        error, commitment, _ = tokenizer.eval()(frames[:batch].to(device))  # with the last step's weights
+    if not (error + commitment).isfinite():
+        raise UserError(f"the tokenizer's training has gone to infinity (loss {error + commitment}): lower --lr")
+    return tokenizer
 
 
 def save_tokenizer(tokenizer, path):
@@ -261,10 +259,16 @@ class TokenizeConfig:
 
 
 def train_command(config):
+    device = pick_device(config.device)
+    wait_for_all()
+    leave_group()  # under torchrun, one process trains
+    if Path(config.out).exists():
+        raise UserError(f"--out {config.out} is there already: choose another name, or delete it")
     videos = [path for path, _ in list_videos("folder", config.videos, "")]
+    try_folder(Path(config.out).parent)
     found, errors = make_tokenizer(
         videos, config.out, config.fps, config.frame_size, config.frames, codes=config.codes, steps=config.steps,
-        batch=config.batch, lr=config.lr, seed=config.seed, device=pick_device(config.device))
+        batch=config.batch, lr=config.lr, seed=config.seed, device=device)
     print("".join(f"skipped {line}\n" for line in errors) + f"{config.out}: {found}")
 
 
@@ -275,11 +279,18 @@ def tokenize_command(config):
     tokenizer = load_tokenizer(config.tokenizer).to(pick_device(config.device))
     views, classes = data.views_for(config.views, config.frame_size, dataset), class_names(dataset, root)
     spans = frame_spans(dataset, root, config.split)
-    tokenize(tokenizer, videos, root, config.out, config.fps, config.frame_size, views, Path(config.tokenizer).name,
-             {"label": classes} if classes else None, spans, config.workers, config.batch)
+    if not tokenize(tokenizer, videos, root, config.out, config.fps, config.frame_size, views,
+                    Path(config.tokenizer).name, {"label": classes} if classes else None, spans, config.workers,
+                    config.batch):
+        say(f"{config.out}: {len(videos)} videos tokenised before, nothing is left to do")
 
 
 def main():
+    if sys.argv[1:2] == ["check"]:
+        if len(sys.argv) != 3:
+            raise UserError("say which token store: vqvae.py check STORE")
+        print(check_tokens(data.TokenStore(sys.argv[2])))
+        return
     command, config = parse_command({"train": TrainConfig, "tokenize": TokenizeConfig}, __doc__)
     {"train": train_command, "tokenize": tokenize_command}[command](config)
     leave_group()

@@ -23,8 +23,8 @@ import data
 import vqvae
 from plumbing.cli import progress
 from plumbing.decoding import VideoError, decode_all, read_views
-from plumbing.store import StoreWriter
 from plumbing.tokenizing import frames_at_once, tokenize
+from plumbing.writer import StoreWriter
 
 
 def make_store(path, videos, frames=12):
@@ -33,11 +33,12 @@ def make_store(path, videos, frames=12):
                                 "fps": 2.0, "size": 128, "height": 16, "width": 16, "views": [[128, "center", False]],
                                 "root": "/", "classes": None})
     tokens = np.random.default_rng(0).integers(8192, size=(1, frames, 16, 16))
-    for i in progress(range(videos), "writing", unit=" videos"):
-        writer.add(i, f"{i % 1000:03d}/{i:011d}.mp4", tokens, {})
+    names = [f"{i % 1000:03d}/{i:011d}.mp4" for i in range(videos)]
+    for name in progress(names, "writing", unit=" videos"):
+        writer.add(name, tokens)
     writer.close()
     start = time.perf_counter()
-    writer.finish()
+    writer.finish([(name, {}, None, None) for name in names])
     print(f"{videos} videos: index written in {time.perf_counter() - start:.1f} s")
 
 

@@ -1,5 +1,6 @@
 """One process or many: launch, devices, the group and its exchanges, precision, seeds."""
 import contextlib
+import functools
 import os
 import random
 import signal
@@ -91,11 +92,38 @@ def join_group(backend):
         say("restarted: should the processes not find each other, start torchrun with "
             "TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1, or it remembers the addresses of those that ended")
     dist.init_process_group(backend, timeout=timedelta(hours=2))
+    patient_group()
+
+
+@functools.cache
+def patient_group():
+    """A second group of all processes, which waits for a year: where files are made that are missing, one process may
+    need many hours more than another."""
+    return dist.new_group(backend="gloo", timeout=timedelta(days=365))
 
 
 def wait_for_all():
-    """Waits until every process is here, such as for files that the first one makes."""
-    from_all(None)
+    """Waits until every process is here, however long that takes, such as for files that the first one makes."""
+    if dist.is_initialized():
+        dist.barrier(patient_group())
+
+
+def by_first(function, *args):
+    """What a function gives in the first process, which alone calls it, while the others wait and get None; where it
+    raises a UserError, they end with it, without a word."""
+    result = error = None
+    if rank_and_world()[0] == 0:
+        try:
+            result = function(*args)
+        except UserError as found:
+            error = found
+    wait_for_all()
+    refused = any(from_all(error is not None))
+    if error:
+        raise error
+    if refused:
+        sys.exit(2)
+    return result
 
 
 def leave_group():

@@ -1,120 +1,70 @@
-"""Tokens on the disk: written so that a kill loses nothing, mapped into memory, never read whole.
+"""Tokens on the disk: mapped into memory, never read whole. plumbing/writer.py writes them.
 
-A store is a folder: header.json says what the tokens are; tokens-<rank>.bin hold them, a shard a process; index.npy
-says where each video's lie; names.txt holds the videos' paths, labels-<set>.npy their labels; journal-<rank>.jsonl says
-what has been written.
+A store is a folder: header.json says what the tokens are, and the lengths and checksums of the small files;
+tokens-<rank>.bin hold them, a shard a process; index.npy says where each video's lie; names.txt holds the videos'
+paths, labels-<set>.npy their labels; journal-<rank>.jsonl says which tokens were made of which file.
 
 Shapes: F frames of a video, H x W tokens a frame.
 """
-import contextlib
 import json
-import os
+import math
+import zlib
 from pathlib import Path
 
 import numpy as np
 
 from plumbing.cli import UserError
+from plumbing.files import read_lines, whole, write_text  # noqa: F401 (reached as store.whole)
 from plumbing.tokens import PAD
 
 FORMAT = 1  # of the token store
 INDEX = np.dtype([("shard", "<u2"), ("start", "<i8"), ("frames", "<i4"), ("name", "<i8"), ("name_length", "<i4")])
+LARGE = 64 * 2 ** 20  # bytes: of larger files opening a store checks the length alone
+MENDED = "tokenise again into it, or delete it"
 
 
-@contextlib.contextmanager
-def whole(path):
-    """A binary file to write, which takes the place of `path` only when all of it is there: a kill, an error or a full
-    disk leaves the earlier file as it was. Makes its folder where there is none."""
-    part = Path(f"{path}.{os.environ.get('RANK', '0')}.part")  # each process of a group may write the same
-    part.parent.mkdir(parents=True, exist_ok=True)
+def checksum(content):
+    """A header's own checksum -> int."""
+    return zlib.crc32(json.dumps(content, sort_keys=True).encode())
+
+
+def read_header(path, compared=False):
+    """What header.json of a store says -> dict. Raises UserError where it is damaged, even where that shows in its
+    checksum alone; but not if all that it says is then compared with what is asked for."""
     try:
-        with open(part, "wb") as file:
-            yield file
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(part, path)
-    finally:
-        part.unlink(missing_ok=True)
-
-
-def write_text(path, text):
-    with whole(path) as file:
-        file.write(text.encode())
-
-
-def read_lines(path):
-    """The records of a .jsonl file, but for a last line that a kill cut short; [] where there is no file -> [dict]."""
-    lines = Path(path).read_text().splitlines(keepends=True) if Path(path).is_file() else []
-    return [json.loads(line) for line in lines if line.endswith("\n")]
+        header = json.loads((path / "header.json").read_bytes())
+        if header.pop("checksum", None) not in (None, checksum(header)) and not compared:
+            raise ValueError("its checksum differs")
+        if header["format"] == FORMAT:
+            sizes = [header[key] for key in ("vocab_size", "size", "height", "width")]
+            if not all(type(size) is int and size > 0 for size in sizes):
+                raise ValueError("vocab_size, size, height and width are whole numbers")
+            if type(header["fps"]) not in (int, float) or not 0 < header["fps"] < math.inf:
+                raise ValueError("fps is a number")
+            if not header["views"] or any(len(view) != 3 for view in header["views"]):
+                raise ValueError("views are lists of three")
+    except (OSError, ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
+        raise UserError(f"{path}/header.json is missing or damaged ({type(error).__name__}: {error}): "
+                        f"{MENDED}") from error
+    return header
 
 
 def check_header(path, old, new):
     """Raises UserError, naming what differs, unless the tokens of a store with the header `old` are what `new` says."""
-    for key in sorted(new.keys() - {"root", "videos"}):  # a moved folder: the same videos
-        if key in old and old[key] != new[key]:
+    for key in new:
+        if key not in ("root", "classes") and key in old and old[key] != new[key]:  # these follow the list of videos
             raise UserError(f"{path} was made with {key} {old[key]!r}, not {new[key]!r}: "
                             f"choose another folder or delete it")
 
 
-class StoreWriter:
-    """Writes a token store, so that a kill at any moment loses at most the video being written.
-
-    Tokens go to tokens-<rank>.bin; only then one line about the video goes to journal-<rank>.jsonl. Opening a
-    half-written store cuts both back to the last whole video, and `done` names what need not be made again.
-    header: what the tokens are: tokenizer, fingerprint, arithmetic, vocab_size, fps, size, height, width, views, root,
-    classes. Raises UserError where a store of another header stands at the path already.
-    """
-
-    def __init__(self, path, header, rank=0):
-        self.path, self.rank = Path(path), rank
-        header = json.loads(json.dumps({"format": FORMAT, **header}))  # as it will be read back
-        place = self.path / "header.json"
-        if place.is_file():
-            check_header(path, json.loads(place.read_text()), header)
-        write_text(place, json.dumps(header, indent=1))
-        self.header = header
-        self.done = {record["name"] for journal in self.path.glob("journal-*.jsonl") for record in read_lines(journal)}
-        own = read_lines(self._file("journal", "jsonl"))
-        self.frame = len(header["views"]) * header["height"] * header["width"]  # tokens
-        self.written = own[-1]["start"] + own[-1]["frames"] * self.frame if own else 0  # tokens
-        self.tokens = open(self._file("tokens", "bin"), "ab")  # noqa: SIM115 (closed by close)
-        self.tokens.truncate(2 * self.written)
-        write_text(self._file("journal", "jsonl"), "".join(json.dumps(record) + "\n" for record in own))
-        self.journal = open(self._file("journal", "jsonl"), "a")  # noqa: SIM115
-
-    def _file(self, kind, ending):
-        return self.path / f"{kind}-{self.rank:05d}.{ending}"
-
-    def add(self, number, name, tokens, labels):
-        """number: the video's place in the store. tokens: (views, F, H, W). labels: {label set: class}."""
-        tokens = np.ascontiguousarray(tokens, dtype="<u2")
-        self.tokens.write(tokens.tobytes())
-        self.tokens.flush()
-        record = {"number": number, "name": name, "start": self.written, "frames": tokens.shape[1], "labels": labels}
-        self.journal.write(json.dumps(record) + "\n")
-        self.journal.flush()
-        self.written += tokens.size
-
-    def finish(self):
-        """Writes the index that TokenStore maps. With several processes, one calls this when all have closed."""
-        records = [(int(journal.stem.split("-")[1]), record) for journal in sorted(self.path.glob("journal-*.jsonl"))
-                   for record in read_lines(journal)]
-        records.sort(key=lambda pair: pair[1]["number"])
-        names = [record["name"].encode() + b"\n" for _, record in records]  # one line a name
-        places = np.cumsum([0] + [len(name) for name in names])
-        index = np.array([(shard, record["start"], record["frames"], place, len(name) - 1)
-                          for (shard, record), name, place in zip(records, names, places)], INDEX)
-        with whole(self.path / "names.txt") as file:
-            file.write(b"".join(names))
-        for labels in {key for _, record in records for key in record["labels"]}:
-            with whole(self.path / f"labels-{labels}.npy") as file:
-                np.save(file, np.array([record["labels"].get(labels, -1) for _, record in records], "<i4"))
-        with whole(self.path / "index.npy") as file:
-            np.save(file, index)
-        write_text(self.path / "header.json", json.dumps({**self.header, "videos": len(records)}, indent=1))
-
-    def close(self):
-        self.tokens.close()
-        self.journal.close()
+def check_alike(*stores):
+    """Raises UserError, naming two of the token stores, unless one tokenizer made all."""
+    for store in stores[1:]:
+        for key in ("fingerprint", "vocab_size", "size"):
+            one, two = stores[0].header.get(key), store.header.get(key)
+            if None not in (one, two) and one != two:
+                raise UserError(f"{stores[0].path} and {store.path} were not made alike: their {key} is {one!r} and "
+                                f"{two!r}. Tokenise both with the same tokenizer and frame size")
 
 
 def cut(tokens, start, frames, stride, vocab_size):
@@ -129,21 +79,55 @@ def cut(tokens, start, frames, stride, vocab_size):
 class TokenStore:
     """A finished token store, memory-mapped: opening it reads no tokens, however many videos it holds.
 
-    header: dict, see StoreWriter. Raises UserError where no finished store is, or one of a format that this version
-    does not read.
+    header: dict, see StoreWriter. Raises UserError where no finished store is, one of a format that this version does
+    not read, or one whose small files are not those that its header speaks of or whose shards end too early.
     """
 
     def __init__(self, path):
         self.path = Path(path)
         if not (self.path / "index.npy").is_file():
             raise UserError(f"no finished token store at {path} (python vqvae.py tokenize makes one)")
-        self.header = json.loads((self.path / "header.json").read_text())
+        self.header = read_header(self.path)
         if self.header["format"] != FORMAT:
             raise UserError(f"{path} is a token store of format {self.header['format']}; this version reads {FORMAT}")
-        self.index = np.load(self.path / "index.npy", mmap_mode="r")
         self.views = len(self.header["views"])
         self.height, self.width = self.header["height"], self.header["width"]
+        for name, (length, crc) in self.header.get("checksums", {}).items():  # stores made before have none
+            file = self.path / name
+            if not file.is_file() or file.stat().st_size != length or (
+                    length <= LARGE and zlib.crc32(file.read_bytes()) != crc):
+                raise self.damaged(name, "is not as it was written")
+        self.index = self._array("index.npy", INDEX)
+        self._check_index()
         self._shards = {}
+
+    def damaged(self, name, what):
+        return UserError(f"{self.path / name} {what}, the token store is damaged: {MENDED}")
+
+    def _array(self, name, kind):
+        try:
+            array = np.load(self.path / name, mmap_mode="r")
+        except Exception as error:  # numpy meets damaged files with errors of many kinds
+            raise self.damaged(name, f"cannot be read ({type(error).__name__})") from error
+        if not isinstance(array, np.ndarray) or array.dtype != kind or array.ndim != 1:
+            raise self.damaged(name, "holds something else")
+        return array
+
+    def _check_index(self):
+        """That every video lies within its shard and its name within names.txt."""
+        index, frame = self.index, self.views * self.height * self.width  # tokens
+        if not len(index):
+            raise UserError(f"{self.path} holds no videos: {MENDED}")
+        file = self.path / "names.txt"
+        if min(index["start"].min(), index["name"].min(), index["name_length"].min()) < 0 or index["frames"].min() < 1 \
+                or (index["name"] + index["name_length"]).max() > (file.stat().st_size if file.is_file() else 0):
+            raise self.damaged("index.npy", "does not fit names.txt")
+        for shard in np.unique(index["shard"]):
+            own, file = index[index["shard"] == shard], self.path / f"tokens-{shard:05d}.bin"
+            end = 2 * int((own["start"] + own["frames"].astype(np.int64) * frame).max())  # bytes
+            if not file.is_file() or file.stat().st_size < end:
+                raise self.damaged(file.name, f"has {file.stat().st_size} bytes, not {end}" if file.is_file() else
+                                   "is missing")
 
     def __len__(self):
         return len(self.index)
@@ -166,8 +150,13 @@ class TokenStore:
         return self._shards[shard][start:start + size].reshape(frames, self.height, self.width)
 
     def cut(self, i, start, frames, stride, view=0):
-        """A clip of one view of a video -> int64 (T, H, W), see the function `cut`."""
-        return cut(self.tokens(i, view), start, frames, stride, self.header["vocab_size"])
+        """A clip of one view of a video -> int64 (T, H, W), see the function `cut`. UserError for tokens beyond the
+        vocabulary."""
+        part = self.tokens(i, view)[start:start + (frames - 1) * stride + 1:stride]
+        if part.size and part.max() >= self.header["vocab_size"]:
+            raise self.damaged(f"tokens-{self.index['shard'][i]:05d}.bin", f"has {part.max()} for a token of "
+                               f"{self.name(i)}, the vocabulary ends at {self.header['vocab_size'] - 1}")
+        return cut(part, 0, frames, 1, self.header["vocab_size"])
 
     def center_view(self):
         """Which view is the frame's centre at the model's own size: the one that pre-training sees."""
@@ -182,4 +171,7 @@ class TokenStore:
         """One label set -> int32 (videos,), -1 where a video has none. Raises UserError for an unknown set."""
         if name not in self.label_sets():
             raise UserError(f"{self.path} has no labels {name!r}: it has {', '.join(self.label_sets()) or 'none'}")
-        return np.load(self.path / f"labels-{name}.npy", mmap_mode="r")
+        labels = self._array(f"labels-{name}.npy", np.dtype("<i4"))
+        if len(labels) != len(self):
+            raise self.damaged(f"labels-{name}.npy", f"has {len(labels)} labels for {len(self)} videos")
+        return labels

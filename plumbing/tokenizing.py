@@ -2,23 +2,40 @@
 
 Shapes: F frames of a video, S frame side in pixels.
 """
+import contextlib
 import hashlib
+import math
 import os
 import time
+from pathlib import Path
 
 import torch
 
 from plumbing.cli import progress
 from plumbing.decoding import VideoError, decode_all, read_views
-from plumbing.processes import from_all, rank_and_world, say, share, wait_for_all
-from plumbing.store import StoreWriter, write_text
+from plumbing.files import locked, write_text
+from plumbing.processes import by_first, from_all, rank_and_world, say, share, wait_for_all
+from plumbing.store import check_header, read_header
+from plumbing.writer import (
+    StoreWriter,
+    check_root,
+    contents,
+    full_header,
+    is_finished,
+    made_of,
+    read_journals,
+    stamp,
+    write_header,
+)
 
 
-def fingerprint(tokenizer):
-    """Twelve hexadecimal digits that change with any weight -> str."""
+def fingerprint(tokenizer, part=None):
+    """Twelve hexadecimal digits that change with any weight -> str. part: of which weights alone, such as "encoder.";
+    by itself those that the tokenizer says, as a decoder in a file of its own may be missing."""
     digest = hashlib.sha256()
     for key, value in sorted(tokenizer.state_dict().items()):
-        digest.update(key.encode() + value.detach().cpu().contiguous().numpy().tobytes())
+        if key.startswith(tokenizer.fingerprinted if part is None else part):
+            digest.update(key.encode() + value.detach().cpu().contiguous().numpy().tobytes())
     return digest.hexdigest()[:12]
 
 
@@ -33,45 +50,95 @@ def encode(tokenizer, frames, batch=256):
     return torch.cat([tokenizer.encode(part) for part in parts]).unflatten(0, frames.shape[:2]).cpu().numpy()
 
 
+def psnr(error):
+    """Peak signal-to-noise ratio in dB of a mean squared error of pixels in -1..1."""
+    return 10 * math.log10(4 / max(error, 1e-10))
+
+
+@torch.no_grad()
+def measure(tokenizer, frames, batch=256):
+    """How good a tokenizer is on uint8 frames (N, S, S, 3) -> dict of error, psnr (dB), perplexity, codes_used."""
+    errors, counts = 0.0, torch.zeros(tokenizer.vocab_size)
+    for part in torch.from_numpy(frames).split(frames_at_once(batch, frames.shape[1])):
+        tokens = tokenizer.encode(part)
+        decoded = tokenizer.decode(tokens).cpu()
+        errors += ((decoded.float() - part.float()) / 127.5).square().mean().item() * len(part)
+        counts += torch.bincount(tokens.flatten().cpu(), minlength=len(counts))
+    error, p = errors / len(frames), counts / counts.sum()
+    perplexity = torch.exp(-(p * p.clamp(min=1e-10).log()).sum()).item()
+    return {"error": error, "psnr": psnr(error), "perplexity": perplexity, "codes_used": (p > 0).float().mean().item()}
+
+
 def tokenize(tokenizer, videos, root, out, fps, size, views, name, classes=None, spans=None, workers=None, batch=256):
-    """Decodes and tokenises videos into a token store; what an earlier call wrote already is kept.
+    """Decodes and tokenises videos into a token store, which then holds these videos with these labels; what an earlier
+    call made of them is kept -> whether anything was left to do.
 
     videos: [(path, {label set: class})]. root: what names in the store are relative to. views: from `data.views_for`.
     name: what the store's header calls the tokenizer. spans: {path: (first, last)} from `frame_spans`.
-    Files that cannot be decoded are listed in out/errors.txt, and said.
+    Files that cannot be decoded are listed in out/errors.txt, and said. Raises UserError where another program writes
+    there, where the store is of another kind or of other videos, and where none could be decoded.
     """
     rank, world = rank_and_world()
     root = os.path.abspath(root)
-    writer = StoreWriter(out, {
+    header = full_header({
         "tokenizer": name, "fingerprint": fingerprint(tokenizer), "arithmetic": tokenizer.arithmetic,
         "vocab_size": tokenizer.vocab_size, "fps": fps, "size": size, "height": size // 8, "width": size // 8,
-        "views": views, "root": root, "classes": classes}, rank)
-    listed = [(path, number, os.path.relpath(path, root), labels) for number, (path, labels) in enumerate(videos)]
-    todo = {path: rest for path, *rest in share(listed, rank, world) if rest[1] not in writer.done}
-    decoded = decode_all(todo, lambda path: read_views(path, fps, size, views, (spans or {}).get(path)),
-                         workers or os.cpu_count())
-    errors, start, done = [], time.perf_counter(), 0
-    bar = progress(decoded, "tokenising", len(todo), " videos", show=rank == 0)
-    for path, frames in bar:
-        if isinstance(frames, VideoError):
-            errors.append(str(frames))
-            continue
-        tokens = encode(tokenizer, frames, batch)  # (views, F, H, W)
-        number, relative, labels = todo[path]
-        writer.add(number, relative, tokens, labels)
-        done += tokens.shape[0] * tokens.shape[1]
-        bar.set_postfix_str(f"{done / (time.perf_counter() - start):.0f} frames/s", refresh=False)
-    finish_store(writer, errors, len(videos))
+        "views": views, "root": root, "classes": classes})
+    listed = [(os.path.relpath(path, root), labels, *stamp(path)) for path, labels in videos]
+    made = read_journals(out, header)
+    own = share([(path, relative, place) for (path, _), (relative, _, *place) in zip(videos, listed)], rank, world)
+    todo = {path: (relative, *place) for path, relative, place in own if not made_of(made, relative, *place, root)}
+    if not any(from_all(bool(todo) or (rank == 0 and not is_finished(out, contents(header, listed, made)[0])))):
+        return False
+    with contextlib.ExitStack() as held:
+        by_first(held.enter_context, locked(out))
+        before = by_first(earlier, out, header, listed, made, fingerprint(tokenizer, ""))
+        writer = StoreWriter(out, header, rank)
+        decoded = decode_all(todo, lambda path: read_views(path, fps, size, views, (spans or {}).get(path)),
+                             workers or os.cpu_count())
+        errors, start, done = [], time.perf_counter(), 0
+        bar = progress(decoded, "tokenising", len(todo), " videos", show=rank == 0 and bool(todo))
+        for path, frames in bar:
+            if isinstance(frames, VideoError):
+                errors.append(str(frames))
+                continue
+            tokens = encode(tokenizer, frames, batch)  # (views, F, H, W)
+            relative, *place = todo[path]
+            writer.add(relative, tokens, *place)
+            done += tokens.shape[0] * tokens.shape[1]
+            bar.set_postfix_str(f"{done / (time.perf_counter() - start):.0f} frames/s", refresh=False)
+        finish_store(writer, errors, listed, before)
+    return True
 
 
-def finish_store(writer, errors, videos):
-    """Called by all processes, each with its own errors, when all their tokens are written."""
+def earlier(out, header, listed, made, old_fingerprint):
+    """What a finished store that is about to change has of the listed videos -> how many it need not make, how many of
+    its videos are no longer listed; None where none is. Raises UserError where a store of another kind or of the videos
+    of another folder stands there. old_fingerprint: of all weights, as it was once taken of DALL-E's decoder too."""
+    out = Path(out)
+    if (out / "header.json").is_file():
+        found = read_header(out, compared=True)
+        if found.get("fingerprint") == old_fingerprint != header["fingerprint"]:
+            found["fingerprint"] = header["fingerprint"]
+            write_header(out, found)
+        check_header(out, found, header)
+        check_root(out, found, header, listed, made)
+    if not all((out / name).is_file() for name in ("index.npy", "names.txt")):
+        return None
+    before = set((out / "names.txt").read_bytes().decode(errors="replace").split("\n")[:-1])
+    kept = sum(made_of(made, name, *place, header["root"]) is not None for name, _, *place in listed)
+    return kept, len(before - {name for name, *_ in listed})
+
+
+def finish_store(writer, errors, listed, before):
+    """Called by all processes, each with its own errors, when all their tokens are written. before: see `earlier`."""
     writer.close()
-    errors = [line for part in from_all(errors) for line in part]  # when all have closed theirs
-    if writer.rank == 0:
-        write_text(writer.path / "errors.txt", "".join(f"{line}\n" for line in errors))
-        writer.finish()
-    wait_for_all()
+    wait_for_all()  # until all have closed theirs
+    errors = [line for part in from_all(errors) for line in part]
     for line in errors:
         say(f"skipped {line}")
-    say(f"{writer.path}: {videos - len(errors)} videos tokenised, {len(errors)} could not be decoded")
+    by_first(write_text, writer.path / "errors.txt", "".join(f"{line}\n" for line in errors))
+    videos = by_first(writer.finish, listed)
+    changes = "" if before is None else (f" ({before[0]} kept, {videos - before[0]} new, "
+                                         f"{before[1]} no longer listed)")
+    say(f"{writer.path}: {videos} videos tokenised, {len(errors)} could not be decoded{changes}")

@@ -2,6 +2,7 @@
 import contextlib
 import io
 import os
+import shutil
 import subprocess
 import sys
 from concurrent.futures import ProcessPoolExecutor
@@ -23,7 +24,7 @@ os.environ["OMP_NUM_THREADS"] = "1"  # likewise in the scripts that tests start
 import data
 import toy
 from plumbing import cli, runs
-from plumbing.store import StoreWriter
+from plumbing.writer import StoreWriter
 
 TINY = dict(layers=1, dim=16, heads=2, head_dim=8, mlp_dim=32, projection_hidden=16, batch=4, log_every=2, save_every=3,
             knn_every=3, knn=3, device="cpu")
@@ -94,10 +95,10 @@ def write_store(path, videos, **header):
                   height=videos[0][0].shape[2], width=videos[0][0].shape[3], views=[[16, "center", False]], root="/",
                   classes=None) | header
     writer = StoreWriter(path, header)
-    for number, (tokens, labels) in enumerate(videos):
-        writer.add(number, f"{number}.mp4", tokens, labels)
+    for number, (tokens, _) in enumerate(videos):
+        writer.add(f"{number}.mp4", tokens)
     writer.close()
-    writer.finish()
+    writer.finish([(f"{number}.mp4", labels, None, None) for number, (_, labels) in enumerate(videos)])
     return data.TokenStore(path)
 
 
@@ -120,6 +121,18 @@ def write_video():
                 writer.append_data(frame)
         return path
     return write
+
+
+@pytest.fixture(scope="session")
+def small_disk(tmp_path_factory):
+    """-> a function: what starts a command with a disk of 400 kB, mounted in a folder for it alone."""
+    def under(folder):
+        folder.mkdir()
+        return ["unshare", "-rm", "sh", "-c", 'mount -t tmpfs -o size=400k x "$0" && exec "$@"', str(folder)]
+    tried = [*under(tmp_path_factory.mktemp("disk") / "x"), "true"]
+    if not shutil.which("unshare") or subprocess.run(tried, check=False, capture_output=True).returncode:
+        pytest.skip("needs a namespace of its own to mount a small disk in")
+    return under
 
 
 @pytest.fixture(scope="session")

@@ -1,16 +1,19 @@
 """The DALL-E tokenizer: files of its format, written here by the PyPI package DALL-E where it is installed."""
+import json
 import pickle
 
 import numpy as np
 import pytest
 import torch
+from conftest import TINY, call, flags
 
 import data
+import pretrain
 import vqvae
 from dalle import DalleVAE
 from plumbing.cli import UserError
 from plumbing.store import TokenStore
-from plumbing.tokenizing import tokenize
+from plumbing.tokenizing import fingerprint, tokenize
 
 
 def build():
@@ -77,6 +80,27 @@ def test_a_gpu_s_tokens_are_not_mixed_with_a_cpu_s(released, write_video, monkey
     assert vae.arithmetic == "float16"
     with pytest.raises(UserError, match="arithmetic 'float32', not 'float16'"):
         tokenize(vae, *how)
+
+
+def test_a_store_is_known_by_its_encoder_whether_or_not_the_decoder_is_there(released, write_video):
+    """Also one whose fingerprint is still that of both; without the decoder there are no pictures, which is said."""
+    folder, _, _ = released
+    write_video(folder / "videos/v.mp4", range(0, 240, 8))
+    common = ["tokenize", "--videos", "videos", "--tokenizer", "encoder.pkl", "--frame-size", 32, "--fps", 8, "--out",
+              "s"]
+    assert call(vqvae, *common, place=folder).returncode == 0
+    both = vqvae.load_tokenizer(folder / "encoder.pkl")
+    header = json.loads((folder / "s/header.json").read_text())
+    assert header["fingerprint"] == fingerprint(both) != fingerprint(both, "")
+    header["fingerprint"] = fingerprint(both, "")
+    (folder / "s/header.json").write_text(json.dumps(header))
+    assert call(vqvae, *common, place=folder).returncode == 0
+    assert TokenStore(folder / "s").header["fingerprint"] == fingerprint(both)
+    (folder / "decoder.pkl").unlink()
+    assert "nothing is left to do" in call(vqvae, *common, place=folder).stdout
+    done = call(pretrain, "--data", "s", "--tokenizer", "encoder.pkl", "--frame-size", 32, "--steps", 2, "--out", "run",
+                *flags(TINY), "--batch", 1, "--alpha", 0, place=folder)
+    assert done.returncode == 0 and "no pictures of what the model fills in: there is no decoder.pkl" in done.stdout
 
 
 def test_a_file_that_names_another_function_is_refused_and_runs_nothing(released, tmp_path):

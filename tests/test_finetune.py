@@ -74,6 +74,13 @@ def test_a_store_of_another_tokenizer_is_refused(workplace, tmp_path):
     assert done.returncode == 2 and "holds 16 codes, the model of runs/toy/last.pt knows 256" in done.stderr
 
 
+def test_training_and_test_videos_of_two_tokenizers_are_refused(workplace, tmp_path):
+    for split in ("train", "test"):
+        random_store(tmp_path / split, 4, fingerprint=split)
+    done = call(finetune, "--data", tmp_path, "--device", "cpu", place=workplace)
+    assert done.returncode == 2 and "their fingerprint is 'train' and 'test'" in done.stderr
+
+
 # ---------------------------------------------------------------- learning
 
 

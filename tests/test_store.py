@@ -1,12 +1,14 @@
 """The token store on the disk: what is written is read, whatever happened in between."""
 import json
+import os
 
 import numpy as np
 import pytest
 
 import data
 from plumbing.cli import UserError
-from plumbing.store import StoreWriter, TokenStore
+from plumbing.store import TokenStore, check_alike
+from plumbing.writer import StoreWriter, check_tokens, read_journals
 
 HEADER = {"tokenizer": "t.pt", "fingerprint": "0123456789ab", "arithmetic": "float32", "vocab_size": 100, "fps": 8,
           "size": 16, "height": 2, "width": 2, "views": [[16, "center", False], [16, "center", True]],
@@ -17,12 +19,13 @@ PAD = 101
 def write_store(path, videos, finish=True, **header):
     """videos: {name: (tokens (views, F, 2, 2), labels)}. header: what is other than in HEADER."""
     writer = StoreWriter(path, {**HEADER, **header})
-    for number, (name, (tokens, labels)) in enumerate(videos.items()):
-        if name not in writer.done:
-            writer.add(number, name, tokens, labels)
+    made = read_journals(path, writer.header)
+    for name, (tokens, _) in videos.items():
+        if name not in made:
+            writer.add(name, tokens)
     writer.close()
     if finish:
-        writer.finish()
+        writer.finish([(name, labels, None, None) for name, (_, labels) in videos.items()])
     return path
 
 
@@ -88,7 +91,7 @@ def test_a_store_whose_folder_of_videos_moved_is_continued(tmp_path):
 def test_a_store_from_before_headers_said_the_arithmetic_opens_and_is_continued(tmp_path):
     write_store(tmp_path / "s", some_videos(3))
     old = json.loads((tmp_path / "s/header.json").read_text())
-    del old["arithmetic"]
+    del old["arithmetic"], old["checksum"], old["checksums"]
     (tmp_path / "s/header.json").write_text(json.dumps(old))
     assert len(TokenStore(tmp_path / "s")) == 3
     store = TokenStore(write_store(tmp_path / "s", some_videos(5), arithmetic="float16"))
@@ -99,6 +102,13 @@ def test_a_store_that_is_not_there_or_not_finished_is_refused(tmp_path):
     for path in (tmp_path / "none", write_store(tmp_path / "half", some_videos(), finish=False)):
         with pytest.raises(UserError, match=f"{path}.*tokenize"):
             TokenStore(path)
+
+
+def test_labels_that_are_no_longer_given_leave_the_store(tmp_path):
+    videos = some_videos()
+    write_store(tmp_path / "s", videos)
+    write_store(tmp_path / "s", {name: (tokens, {"label": 1}) for name, (tokens, _) in videos.items()})
+    assert TokenStore(tmp_path / "s").label_sets() == ["label"]
 
 
 def test_a_store_of_a_later_format_is_refused(tmp_path):
@@ -133,3 +143,143 @@ def test_the_centre_view_is_found_among_all(tmp_path, kind, dataset, views):
     store = TokenStore(write_store(tmp_path / "s", {"v.mp4": (tokens, {})}, views=listed))
     assert store.views == views
     assert listed[store.cut(0, 0, 1, 1, store.center_view())[0, 0, 0]] == (16, "center", False)
+
+
+# ---------------------------------------------------------------- damaged stores
+
+
+def without_checksums(path):
+    """The store as an earlier version wrote it."""
+    header = json.loads((path / "header.json").read_text())
+    del header["checksum"], header["checksums"]
+    (path / "header.json").write_text(json.dumps(header))
+    return path
+
+
+def damage(path, kind):
+    content, middle = path.read_bytes(), path.stat().st_size // 2
+    path.write_bytes({"empty": b"", "short": content[:middle], "gone": b"",
+                      "changed": content[:middle] + bytes([content[middle] ^ 1]) + content[middle + 1:]}[kind])
+    if kind == "gone":
+        path.unlink()
+
+
+@pytest.mark.parametrize("old", [False, True], ids=["", "without checksums"])
+@pytest.mark.parametrize("file", ["index.npy", "names.txt", "labels-label.npy", "tokens-00000.bin", "header.json"])
+@pytest.mark.parametrize("kind", ["empty", "short", "gone", "changed"])
+def test_a_damaged_store_is_refused_with_the_file_named(tmp_path, kind, file, old):
+    """A byte of tokens, which opening does not read, `check` finds; in a store made before there were checksums, one of
+    the names or labels nobody does."""
+    path = write_store(tmp_path / "s", some_videos())
+    if old and kind == "changed":
+        return
+    if old:
+        without_checksums(path)
+    damage(path / file, kind)
+    if (kind, file, old) == ("gone", "labels-label.npy", True):
+        with pytest.raises(UserError, match="no labels 'label': it has other"):
+            TokenStore(path).labels()
+        return
+    with pytest.raises(UserError, match=file if (kind, file) != ("gone", "index.npy") else "no finished"):
+        store = TokenStore(path)
+        store.labels()
+        check_tokens(store)
+
+
+@pytest.mark.parametrize("seed", range(60))
+def test_random_damage_gives_an_error_or_the_same_store(tmp_path, seed):
+    random = np.random.default_rng(seed)
+    path = write_store(tmp_path / "s", some_videos())
+    before = everything(TokenStore(path))
+    file = random.choice(sorted(p for p in path.iterdir() if p.suffix != ".jsonl"))
+    content = bytearray(file.read_bytes())
+    for _ in range(random.integers(1, 4)):
+        content[random.integers(len(content))] = random.integers(256)
+    file.write_bytes(content)
+    try:
+        store = TokenStore(path)
+        check_tokens(store)
+        assert everything(store) == before
+    except UserError as error:
+        assert file.name in str(error) and len(str(error).splitlines()) == 1
+
+
+def everything(store):
+    return store.header, [(store.name(i), store.tokens(i, 1).tolist(), int(store.labels()[i]))
+                          for i in range(len(store))]
+
+
+@pytest.mark.parametrize("seed", range(40))
+def test_a_damaged_journal_costs_time_and_no_tokens(tmp_path, seed):
+    """What it no longer vouches for is made again."""
+    random = np.random.default_rng(seed)
+    videos = some_videos()
+    path = write_store(tmp_path / "s", videos)
+    before = everything(TokenStore(path))
+    journal = path / "journal-00000.jsonl"
+    content = bytearray(journal.read_bytes())
+    for _ in range(random.integers(1, 4)):
+        content[random.integers(len(content))] = random.integers(256)
+    journal.write_bytes(content[:random.integers(len(content) // 2, len(content) + 1)])
+    write_store(path, videos)
+    assert everything(TokenStore(path))[1] == before[1]
+    check_tokens(TokenStore(path))
+
+
+def test_a_digit_of_the_journal_that_is_another_gives_no_other_tokens(tmp_path):
+    videos = some_videos()
+    path = write_store(tmp_path / "s", videos)
+    before = everything(TokenStore(path))
+    journal = path / "journal-00000.jsonl"
+    journal.write_text(journal.read_text().replace('"start": 24,', '"start": 16,'))
+    write_store(path, videos)
+    assert everything(TokenStore(path))[1] == before[1]
+
+
+def test_what_has_no_checksums_is_checked_by_itself(tmp_path):
+    """Labels by their number, tokens by their range."""
+    path = without_checksums(write_store(tmp_path / "s", some_videos()))
+    np.save(path / "labels-label.npy", np.zeros(4, "<i4"))
+    with pytest.raises(UserError, match="labels-label.npy has 4 labels for 5 videos"):
+        TokenStore(path).labels()
+    (path / "journal-00000.jsonl").unlink()
+    assert "of 0 videos with the checksum" in check_tokens(TokenStore(path))
+    (path / "tokens-00000.bin").write_bytes(b"\xff" * (path / "tokens-00000.bin").stat().st_size)
+    with pytest.raises(UserError, match="class 0/v#0é.mp4 has other tokens"):
+        check_tokens(TokenStore(path))
+
+
+def test_a_shard_cut_short_is_made_again_and_not_filled_with_zeros(tmp_path):
+    videos = some_videos()
+    path = write_store(tmp_path / "s", videos)
+    before = everything(TokenStore(path))
+    os.truncate(path / "tokens-00000.bin", (path / "tokens-00000.bin").stat().st_size - 3)
+    write_store(path, videos)
+    assert everything(TokenStore(path)) == before
+
+
+def test_tokens_beyond_the_vocabulary_never_reach_a_model(tmp_path):
+    path = write_store(tmp_path / "s", some_videos())
+    (path / "tokens-00000.bin").write_bytes(b"\xff" * (path / "tokens-00000.bin").stat().st_size)
+    with pytest.raises(UserError, match="has 65535 for a token of class 2/.*, the vocabulary ends at 99"):
+        TokenStore(path).cut(2, 0, 3, 1)
+    with pytest.raises(UserError, match="65536 at most"):
+        write_store(tmp_path / "large", some_videos(), vocab_size=65537)
+
+
+def test_a_store_without_videos_is_refused(tmp_path):
+    with pytest.raises(UserError, match="none of the 0 videos"):
+        write_store(tmp_path / "s", {})
+    path = write_store(tmp_path / "old", some_videos())
+    np.save(path / "index.npy", np.load(path / "index.npy")[:0])
+    with pytest.raises(UserError, match="holds no videos"):
+        TokenStore(without_checksums(path))
+
+
+def test_stores_of_two_tokenizers_are_told_apart(tmp_path):
+    stores = [TokenStore(write_store(tmp_path / str(i), some_videos(), fingerprint=f)) for i, f in enumerate("aab")]
+    check_alike(*stores[:2])
+    with pytest.raises(UserError, match=f"{tmp_path}/0 and {tmp_path}/2 .* fingerprint is 'a' and 'b'"):
+        check_alike(*stores)
+    del stores[2].header["fingerprint"]
+    check_alike(*stores)

@@ -1,9 +1,12 @@
 """A list of videos -> a token store: by one process or several, whole or killed and continued."""
 import json
+import shutil
 import signal
 import subprocess
 import sys
 import time
+from datetime import timedelta
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -12,7 +15,7 @@ from conftest import ROOT, call, run
 
 import data
 import vqvae
-from plumbing import tokenizing
+from plumbing import files, processes, tokenizing
 from plumbing.cli import UserError
 from plumbing.decoding import read_views
 from plumbing.store import TokenStore
@@ -154,3 +157,146 @@ def test_another_arithmetic_does_not_continue_a_store(tmp_path, place):
     path.write_text(json.dumps(header))
     assert call(vqvae, *command(place, tmp_path / "s")).returncode == 0
     assert json.loads(path.read_text())["arithmetic"] == "float32"
+
+
+# ---------------------------------------------------------------- what is asked for now
+
+
+@pytest.fixture
+def folder(tmp_path, place, write_video):
+    """A folder with t.pt and four videos, listed with labels."""
+    shutil.copy(place / "t.pt", tmp_path / "t.pt")
+    for i in range(4):
+        write_video(tmp_path / f"videos/{i}.mp4", range(0, 200, 10 + 5 * i))
+    return list_videos(tmp_path, [(0, 0), (1, 1), (2, 0), (3, 1)])
+
+
+def list_videos(folder, pairs):
+    (folder / "videos/train.txt").write_text("".join(f"{i}.mp4 {label}\n" for i, label in pairs))
+    return folder
+
+
+def decoded(monkeypatch):
+    """-> a list that fills with the names of the files that are decoded."""
+    read = []
+    monkeypatch.setattr(tokenizing, "read_views",
+                        lambda path, *how: read.append(Path(path).name) or read_views(path, *how))
+    return read
+
+
+def test_the_index_follows_the_list_as_it_is_now(folder, write_video, monkeypatch):
+    """Corrected labels, videos taken out, added and replaced; only what is new is decoded."""
+    assert "4 videos tokenised, 0 could not be decoded\n" in call(vqvae, *command(folder, folder / "s")).stdout
+    before, read = content(folder / "s"), decoded(monkeypatch)
+    write_video(folder / "videos/4.mp4", range(10, 200, 10))
+    list_videos(folder, [(4, 0), (1, 0), (0, 1), (3, 1)])
+    done = call(vqvae, *command(folder, folder / "s"))
+    assert "4 videos tokenised, 0 could not be decoded (3 kept, 1 new, 1 no longer listed)" in done.stdout
+    after = content(folder / "s")
+    assert [pair[:2] for pair in after] == [("4.mp4", 0), ("1.mp4", 0), ("0.mp4", 1), ("3.mp4", 1)]
+    assert after[1][2] == before[1][2] and after[2][2] == before[0][2] and read == ["4.mp4"]
+    write_video(folder / "videos/1.mp4", range(0, 30, 3))
+    list_videos(folder, [(0, 0), (1, 1), (2, 0)])
+    assert "(2 kept, 1 new, 2 no longer listed)" in call(vqvae, *command(folder, folder / "s")).stdout
+    assert read == ["4.mp4", "1.mp4"] and content(folder / "s")[2] == before[2]
+    assert call(vqvae, *command(folder, folder / "new")).returncode == 0
+    assert content(folder / "s") == content(folder / "new")
+    written = {path: path.stat().st_mtime_ns for path in (folder / "s").iterdir()}
+    again = call(vqvae, *command(folder, folder / "s"))
+    assert "3 videos tokenised before, nothing is left to do" in again.stdout
+    assert written == {path: path.stat().st_mtime_ns for path in (folder / "s").iterdir()}
+
+
+def test_a_folder_that_moved_is_the_same_and_one_of_other_videos_is_refused(folder, write_video, monkeypatch):
+    argv = command(folder, folder / "s")
+    assert call(vqvae, *argv).returncode == 0
+    before, read = content(folder / "s"), decoded(monkeypatch)
+    shutil.copytree(folder / "videos", folder / "moved", copy_function=shutil.copy)  # with new dates
+    for _ in range(2):
+        assert call(vqvae, *[folder / "moved" if part == folder / "videos" else part for part in argv]).returncode == 0
+        assert content(folder / "s") == before and read == []
+    assert TokenStore(folder / "s").header["root"] == str(folder / "moved")
+    for name in ("0.mp4", "other.mp4"):  # another video of the same name, and another name
+        write_video(folder / name[0] / name, range(0, 100, 7))
+        (folder / name[0] / "train.txt").write_text(f"{name} 1\n")
+        done = call(vqvae, *[folder / name[0] if part == folder / "videos" else part for part in argv])
+        assert done.returncode == 2 and len(done.stderr.splitlines()) == 1
+        assert f"holds the videos of {folder}/moved, not those of {folder}/{name[0]}" in done.stderr
+        assert content(folder / "s") == before
+
+
+def test_a_store_made_before_files_were_stamped_is_taken_as_it_is(folder, monkeypatch):
+    """A journal of bare records and a header without checksums, as earlier versions wrote them."""
+    call(vqvae, *command(folder, folder / "s"))
+    before, path = content(folder / "s"), folder / "s/journal-00000.jsonl"
+    records = [json.loads(line.split("\t")[0]) for line in path.read_text().splitlines()]
+    path.write_text("".join(json.dumps({"number": number, "name": record["name"], "start": record["start"], "frames":
+                                        record["frames"], "labels": {"label": 7}}) + "\n"
+                            for number, record in enumerate(records[1:])))
+    header = json.loads((folder / "s/header.json").read_text())
+    del header["checksum"], header["checksums"]
+    (folder / "s/header.json").write_text(json.dumps(header))
+    assert content(folder / "s") == before
+    read = decoded(monkeypatch)
+    assert call(vqvae, *command(folder, folder / "s")).returncode == 0 and read == []
+    assert content(folder / "s") == before and "checksums" in TokenStore(folder / "s").header
+
+
+def test_two_tokenisations_of_one_folder_do_not_meet(folder):
+    """The second is refused, whichever that is, and what is there in the end is right."""
+    argv = [sys.executable, str(ROOT / "vqvae.py"), *map(str, command(folder, folder / "s"))]
+    both = [subprocess.Popen(argv, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) for _ in range(2)]
+    said = [process.communicate() for process in both]
+    for process, (stdout, stderr) in zip(both, said):
+        if process.returncode:
+            assert process.returncode == 2 and f"{folder}/s is being written by process " in stderr
+    assert 0 in [process.returncode for process in both], said
+    call(vqvae, *command(folder, folder / "new"))
+    assert content(folder / "s") == content(folder / "new")
+
+
+def test_a_group_that_is_refused_says_so_once(folder):
+    files.lock(folder / "s")
+    done = run(folder, *command(folder, "s"), script="vqvae.py",
+               under=["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"])
+    files.unlock(folder / "s")
+    assert done.returncode != 0 and done.stderr.count("is being written by") == 1
+    assert "[rank1]" not in done.stderr and "Connection closed" not in done.stderr
+
+
+def test_a_full_disk_stops_a_tokenisation_in_one_line_and_room_lets_it_go_on(folder, small_disk):
+    """On a disk of 400 kB; the same command then goes on with what was written before."""
+    script = 'cd "$1"; dd if=/dev/zero of=disk/filled bs=1k count=380 2>/dev/null; shift; "$@"; echo "code $?" >&2; ' \
+             'ls disk/s >&2; rm disk/filled; exec "$@"'
+    argv = command(folder, folder / "disk/s")
+    done = subprocess.run([*small_disk(folder / "disk"), "sh", "-c", script, "sh", str(folder), sys.executable,
+                           str(ROOT / "vqvae.py"), *map(str, [32 if part == 8 else part for part in argv])],
+                          check=False, capture_output=True, text=True)
+    lines = [line for line in done.stderr.splitlines() if not line.startswith("tokenising")]
+    assert "the disk of" in lines[0] and "is full" in lines[0] and lines[1] == "code 2", done.stderr
+    assert not any(".part" in line for line in lines)
+    assert done.returncode == 0 and "4 videos tokenised" in done.stdout
+
+
+def test_a_process_that_needs_longer_than_the_groups_patience_is_waited_for(folder, tmp_path_factory):
+    """One of two, of a group that gives up after two seconds, has a slow disk."""
+    meeting = tmp_path_factory.mktemp("group") / "meeting"
+    context = torch.multiprocessing.get_context("spawn")
+    both = [context.Process(target=uneven, args=(folder, meeting, rank)) for rank in (0, 1)]
+    for process in both:
+        process.start()
+    for process in both:
+        process.join()
+    assert [process.exitcode for process in both] == [0, 0]
+    call(vqvae, *command(folder, folder / "new"))
+    assert content(folder / "s") == content(folder / "new")
+
+
+def uneven(folder, meeting, rank):
+    torch.distributed.init_process_group("gloo", init_method=f"file://{meeting}", rank=rank, world_size=2,
+                                         timeout=timedelta(seconds=2))
+    processes.patient_group()
+    if rank == 1:
+        tokenizing.read_views = lambda *how: time.sleep(2) or read_views(*how)
+    done = call(vqvae, *command(folder, folder / "s"), "--workers", 1)
+    assert done.returncode == 0, done.stderr

@@ -1,10 +1,14 @@
+import subprocess
+import sys
 from pathlib import Path
 
 import imageio.v2 as imageio
 import numpy as np
+import pytest
 
 import data
 import toy
+from plumbing.cli import UserError
 
 SPLITS = {"pretrain": 6, "train": 5, "val": 4, "test": 3}
 
@@ -34,6 +38,22 @@ def test_what_was_interrupted_is_made_again_and_what_is_whole_is_left(tmp_path):
     (root / "toy.png").unlink()
     toy.make(root, {"train": 2}, workers=1)
     assert len(data.read_frames(video, toy.FPS, toy.SIZE)) == toy.FRAMES
+
+
+def test_a_world_of_another_seed_is_not_taken_for_this_one(tmp_path):
+    toy.make(tmp_path / "toy", {"train": 2}, seed=1, workers=1)
+    with pytest.raises(UserError, match="made with .*'seed': 1.*, not .*'seed': 0"):
+        toy.make(tmp_path / "toy", {"train": 2}, workers=1)
+    with pytest.raises(UserError, match="'train': 2.* not .*'train': 3"):
+        toy.make(tmp_path / "toy", {"train": 3}, seed=1, workers=1)
+    (tmp_path / "toy/toy.json").unlink()  # made before worlds said it
+    assert toy.make(tmp_path / "toy", {"train": 3}, workers=1) == tmp_path / "toy"
+
+
+def test_a_disk_that_is_too_small_for_the_world_is_called_full(tmp_path, small_disk):
+    argv = [sys.executable, toy.__file__, "--out", tmp_path / "disk/toy"]
+    done = subprocess.run([*small_disk(tmp_path / "disk"), *argv], check=False, capture_output=True, text=True)
+    assert done.returncode == 2 and f"the disk of {tmp_path}/disk/toy/videos is full" in done.stderr.splitlines()[-1]
 
 
 def ink(video):

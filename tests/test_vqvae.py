@@ -6,6 +6,8 @@ from conftest import call, run
 
 import data
 import vqvae
+from plumbing import tokenizing
+from plumbing.cli import UserError
 from plumbing.decoding import read_views
 from plumbing.store import TokenStore
 from vqvae import VQVAE, Codebook
@@ -178,3 +180,77 @@ def test_an_error_of_a_library_keeps_its_traceback(tmp_path, write_video, monkey
     monkeypatch.setattr(vqvae, "load_tokenizer", fail)
     with pytest.raises(ValueError, match="a bug"):
         call(vqvae, "tokenize", "--videos", tmp_path)
+
+
+# ---------------------------------------------------------------- nothing lost, nothing silently wrong
+
+
+def train(place, *argv):
+    return ["train", "--videos", place / "videos", "--out", place / "t.pt", "--codes", 16, "--frame-size", 16, "--fps",
+            8, "--device", "cpu", *argv]
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory, write_video):
+    place = tmp_path_factory.mktemp("vqvae")
+    for i in range(3):
+        write_video(place / f"videos/{i}.mp4", range(0, 240, 10 + i))
+    return place
+
+
+def test_a_tokenizer_that_is_there_is_not_overwritten(tmp_path, place):
+    (tmp_path / "t.pt").write_bytes(b"of a month's tokens")
+    done = call(vqvae, *train(place), "--steps", 3, "--out", tmp_path / "t.pt")
+    assert done.returncode == 2 and "t.pt is there already" in done.stderr and len(done.stderr.splitlines()) == 1
+    assert (tmp_path / "t.pt").read_bytes() == b"of a month's tokens"
+
+
+@pytest.mark.parametrize("lr, steps", [(1e30, 1), (1e4, 1), (1e30, 300)])  # the last in the middle, by its NaNs
+def test_a_tokenizer_that_went_to_infinity_is_not_saved(tmp_path, place, steps, lr):
+    done = call(vqvae, *train(place), "--out", tmp_path / "t.pt", "--lr", lr, "--steps", steps, "--batch", 4)
+    assert done.returncode == 2 and "lower --lr" in done.stderr.splitlines()[-1]
+    assert not (tmp_path / "t.pt").exists()
+
+
+@pytest.mark.parametrize("weight", ["encoder.1.weight", "codebook.codes", "decoder.0.bias"])
+def test_a_tokenizer_that_is_not_made_of_numbers_is_refused(tmp_path, weight):
+    tokenizer = VQVAE(codes=16)
+    tokenizer.state_dict()[weight].view(-1)[3] = float("nan")
+    vqvae.save_tokenizer(tokenizer, tmp_path / "t.pt")
+    with pytest.raises(UserError, match="t.pt holds weights that are no numbers"):
+        vqvae.load_tokenizer(tmp_path / "t.pt")
+
+
+def test_a_place_that_cannot_be_written_is_refused_before_any_work(tmp_path, place, monkeypatch):
+    (tmp_path / "file").write_text("")
+    monkeypatch.setattr(data, "decode_all", None)
+    monkeypatch.setattr(tokenizing, "decode_all", None)
+    vqvae.save_tokenizer(VQVAE(codes=16).eval(), tmp_path / "t.pt")
+    for argv in (train(place), ["tokenize", "--videos", place / "videos", "--tokenizer", tmp_path / "t.pt"]):
+        done = call(vqvae, *argv, "--out", tmp_path / "file/sub")
+        assert done.returncode == 2 and len(done.stderr.splitlines()) == 1
+        assert f"cannot write {tmp_path}/file" in done.stderr
+
+
+def test_under_torchrun_one_process_trains(tmp_path, place):
+    done = run(tmp_path, *train(place, "--steps", 3), "--out", "t.pt", script="vqvae.py",
+               under=["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "3"])
+    assert done.returncode == 0 and done.stdout.count("reconstruction error") == 1, done.stderr
+    assert done.stderr.count("training the tokenizer:   0%") == 1
+    assert vqvae.load_tokenizer(tmp_path / "t.pt").vocab_size == 16
+
+
+def test_check_reads_all_tokens_of_a_store(tmp_path, place):
+    vqvae.save_tokenizer(VQVAE(codes=16).eval(), tmp_path / "t.pt")
+    call(vqvae, "tokenize", "--videos", place / "videos", "--tokenizer", tmp_path / "t.pt", "--frame-size", 16, "--fps",
+         8, "--views", "test", "--out", tmp_path / "s")
+    done = call(vqvae, "check", tmp_path / "s")
+    assert done.returncode == 0 and "s: 3 videos of 66 frames, all tokens below 16, those of 3 videos" in done.stdout
+    content = bytearray((tmp_path / "s/tokens-00000.bin").read_bytes())
+    content[-1] ^= 1
+    (tmp_path / "s/tokens-00000.bin").write_bytes(content)
+    done = call(vqvae, "check", tmp_path / "s")
+    assert done.returncode == 2 and len(done.stderr.splitlines()) == 1
+    assert "tokens-00000.bin is damaged: 2.mp4 has other tokens" in done.stderr
+    done = call(vqvae, "check")
+    assert done.returncode == 2 and "vqvae.py check STORE" in done.stderr
