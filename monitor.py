@@ -4,7 +4,6 @@ What is called here leaves the model in evaluation mode.
 
 Shapes: n videos, T frames of a clip, H x W tokens a frame, S frame side in pixels, d hidden size.
 """
-from pathlib import Path
 
 import numpy as np
 import torch
@@ -154,7 +153,6 @@ def original_frames(store, video, view, clips):
     """The pixels that the only clip of `clips` (an EvenClips) was made from -> uint8 (T, S, S, 3); the last frame again
     beyond the video's end."""
     resize, crop, flip = store.header["views"][view]
-    path, size = Path(store.header["root"]) / store.name(video), store.header["size"]
-    frames = read_frames(path, store.header["fps"], size, crop, flip, resize)
+    frames = read_frames(store.video_path(video), store.header["fps"], store.header["size"], crop, flip, resize)
     places = clips.starts(len(frames))[0] + np.arange(clips.frames) * clips.stride
     return frames[places.clip(max=len(frames) - 1)]

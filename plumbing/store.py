@@ -84,22 +84,25 @@ class StoreWriter:
     def _file(self, kind, ending):
         return self.path / f"{kind}-{self.rank:05d}.{ending}"
 
-    def add(self, number, name, tokens, labels):
-        """number: the video's place in the store. tokens: (views, F, H, W). labels: {label set: class}."""
+    def add(self, number, name, tokens, labels, damage=None):
+        """number: the video's place in the store. tokens: (views, F, H, W). labels: {label set: class}. damage: a line
+        that says what is wrong with the file."""
         tokens = np.ascontiguousarray(tokens, dtype="<u2")
         self.tokens.write(tokens.tobytes())
         self.tokens.flush()
         record = {"number": number, "name": name, "start": self.written, "frames": tokens.shape[1], "labels": labels}
+        record |= {"damage": damage} if damage else {}
         self.journal.write(json.dumps(record) + "\n")
         self.journal.flush()
         self.written += tokens.size
 
     def finish(self):
-        """Writes the index that TokenStore maps. With several processes, one calls this when all have closed."""
+        """Writes the index that TokenStore maps -> the lines about damaged files [str]. With several processes, one
+        calls this when all have closed."""
         records = [(int(journal.stem.split("-")[1]), record) for journal in sorted(self.path.glob("journal-*.jsonl"))
                    for record in read_lines(journal)]
         records.sort(key=lambda pair: pair[1]["number"])
-        names = [record["name"].encode() + b"\n" for _, record in records]  # one line a name
+        names = [os.fsencode(record["name"]) + b"\n" for _, record in records]  # one line a name
         places = np.cumsum([0] + [len(name) for name in names])
         index = np.array([(shard, record["start"], record["frames"], place, len(name) - 1)
                           for (shard, record), name, place in zip(records, names, places)], INDEX)
@@ -111,6 +114,7 @@ class StoreWriter:
         with whole(self.path / "index.npy") as file:
             np.save(file, index)
         write_text(self.path / "header.json", json.dumps({**self.header, "videos": len(records)}, indent=1))
+        return [record["damage"] for _, record in records if "damage" in record]
 
     def close(self):
         self.tokens.close()
@@ -131,6 +135,8 @@ class TokenStore:
         self.header = json.loads((self.path / "header.json").read_text())
         if self.header["format"] != FORMAT:
             raise UserError(f"{path} is a token store of format {self.header['format']}; this version reads {FORMAT}")
+        if not isinstance(self.header.get("fps"), (int, float)):
+            raise UserError(f"{path}: its header's fps must be a number, not {self.header.get('fps')!r}")
         self.index = np.load(self.path / "index.npy", mmap_mode="r")
         self.views = len(self.header["views"])
         self.height, self.width = self.header["height"], self.header["width"]
@@ -144,7 +150,14 @@ class TokenStore:
         start, length = int(self.index["name"][i]), int(self.index["name_length"][i])
         with open(self.path / "names.txt", "rb") as file:
             file.seek(start)
-            return file.read(length).decode()
+            return os.fsdecode(file.read(length))
+
+    def video_path(self, i):
+        """Where the video lies -> Path. Raises UserError for a name that leaves the folder of the videos."""
+        name = Path(self.name(i))
+        if name.is_absolute() or ".." in name.parts:
+            raise UserError(f"{self.path}: the name {str(name)!r} leads out of the folder of its videos")
+        return Path(self.header["root"]) / name
 
     def tokens(self, i, view=0):
         """One view of a video -> uint16 (F, H, W), a view into the file."""

@@ -6,10 +6,11 @@ import hashlib
 import os
 import time
 
+import numpy as np
 import torch
 
 from plumbing.cli import progress
-from plumbing.decoding import VideoError, decode_all, read_views
+from plumbing.decoding import VideoError, decode_all, stream_views
 from plumbing.processes import from_all, rank_and_world, say, share, wait_for_all
 from plumbing.store import StoreWriter, write_text
 
@@ -27,12 +28,19 @@ def frames_at_once(batch, size):
     return max(1, min(batch, batch * 128 ** 2 // size ** 2))
 
 
+def encode(tokenizer, frames, at_once):
+    """uint8 (views, f, S, S, 3) -> tokens, uint16 (views, f, H, W)."""
+    parts = torch.from_numpy(frames).flatten(0, 1).split(at_once)
+    tokens = torch.cat([tokenizer.encode(part) for part in parts]).cpu().numpy()  # (views * f, H, W)
+    return tokens.astype(np.uint16).reshape(*frames.shape[:2], *tokens.shape[1:])
+
+
 def tokenize(tokenizer, videos, root, out, fps, size, views, name, classes=None, spans=None, workers=None, batch=256):
     """Decodes and tokenises videos into a token store; what an earlier call wrote already is kept.
 
     videos: [(path, {label set: class})]. root: what names in the store are relative to. views: from `data.views_for`.
     name: what the store's header calls the tokenizer. spans: {path: (first, last)} from `frame_spans`.
-    Files that cannot be decoded are listed in out/errors.txt, and said.
+    Files that cannot be decoded, or perhaps only in part, are listed in out/errors.txt, and said.
     """
     rank, world = rank_and_world()
     root, at_once = os.path.abspath(root), frames_at_once(batch, size)
@@ -42,19 +50,20 @@ def tokenize(tokenizer, videos, root, out, fps, size, views, name, classes=None,
         "views": views, "root": root, "classes": classes}, rank)
     listed = [(path, number, os.path.relpath(path, root), labels) for number, (path, labels) in enumerate(videos)]
     todo = {path: rest for path, *rest in share(listed, rank, world) if rest[1] not in writer.done}
-    decoded = decode_all(todo, lambda path: read_views(path, fps, size, views, (spans or {}).get(path)),
-                         workers or os.cpu_count())
+    decoded = decode_all(todo, lambda path: stream_views(path, fps, size, views, (spans or {}).get(path)), workers)
     errors, start, done = [], time.perf_counter(), 0
     bar = progress(decoded, "tokenising", len(todo), " videos", show=rank == 0)
-    for path, frames in bar:
-        if isinstance(frames, VideoError):
-            errors.append(str(frames))
+    for path, pieces in bar:
+        parts, number, relative, labels = [], *todo[path]
+        try:
+            for frames, damage in pieces:  # (views, f, S, S, 3)
+                parts.append(encode(tokenizer, frames, at_once))
+        except VideoError as error:
+            errors.append(str(error))
             continue
-        parts = torch.from_numpy(frames.reshape(-1, size, size, 3)).split(at_once)
-        tokens = torch.cat([tokenizer.encode(part) for part in parts]).cpu().numpy()  # (views * F, H, W)
-        number, relative, labels = todo[path]
-        writer.add(number, relative, tokens.reshape(*frames.shape[:2], *tokens.shape[1:]), labels)
-        done += len(tokens)
+        tokens = np.concatenate(parts, axis=1)  # (views, F, H, W)
+        writer.add(number, relative, tokens, labels, damage)
+        done += tokens.shape[0] * tokens.shape[1]
         bar.set_postfix_str(f"{done / (time.perf_counter() - start):.0f} frames/s", refresh=False)
     finish_store(writer, errors, len(videos))
 
@@ -64,9 +73,10 @@ def finish_store(writer, errors, videos):
     writer.close()
     errors = [line for part in from_all(errors) for line in part]  # when all have closed theirs
     if writer.rank == 0:
-        write_text(writer.path / "errors.txt", "".join(f"{line}\n" for line in errors))
-        writer.finish()
+        damaged = writer.finish()
+        write_text(writer.path / "errors.txt", "".join(f"{line}\n" for line in errors + damaged))
+        for line in [f"skipped {line}" for line in errors] + [f"damaged {line}" for line in damaged]:
+            say(line)
+        say(f"{writer.path}: {videos - len(errors)} videos tokenised, {len(errors)} could not be decoded"
+            + (f", {len(damaged)} perhaps in part" if damaged else ""))
     wait_for_all()
-    for line in errors:
-        say(f"skipped {line}")
-    say(f"{writer.path}: {videos - len(errors)} videos tokenised, {len(errors)} could not be decoded")
