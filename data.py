@@ -5,14 +5,13 @@ A video is decoded and tokenised once, ahead of training; from then on a clip is
 Shapes: F frames of a video, N frames of many, S frame side in pixels, H x W tokens a frame, T frames of a clip.
 """
 import math
-import os
 from pathlib import Path
 
 import numpy as np
 
 from plumbing.annotations import list_videos  # noqa: F401 (reached as data.list_videos)
 from plumbing.cli import UserError, progress
-from plumbing.decoding import VideoError, decode_all, read_frames
+from plumbing.decoding import WAITING, VideoError, decode_all, read_frames, stream_views  # noqa: F401 (read_frames too)
 from plumbing.processes import share
 from plumbing.store import TokenStore, cut
 
@@ -45,18 +44,33 @@ def sample_frames(videos, fps, size, most):
     chosen = [videos[i] for i in spread(1000, len(videos))]
     each = math.ceil(most / len(chosen))  # frames a video
     frames, errors = [], []
-    decoded = decode_all(chosen, lambda path: read_frames(path, fps, size), os.cpu_count())
-    for _, result in progress(decoded, "reading frames", len(chosen), " videos"):
-        if isinstance(result, VideoError):
-            errors.append(str(result))
-        else:
-            frames.append(result[spread(each, len(result))])
+    decoded = decode_all(chosen, lambda path: stream_views(path, fps, size, [(size, "center", False)]))
+    for _, pieces in progress(decoded, "reading frames", len(chosen), " videos"):
+        try:
+            frames.append(spread_frames(pieces, each))
+        except VideoError as error:
+            errors.append(str(error))
     if not frames:
         raise UserError("none of the videos could be decoded: " + "; ".join(errors[:3]))
     frames = np.concatenate(frames)
     if len(frames) < 20:
         raise UserError(f"{len(frames)} frames are too few to train a tokenizer: give more videos or a larger --fps")
     return frames, errors
+
+
+def spread_frames(pieces, count, room=WAITING):
+    """So many frames of a video, spread evenly, of its pieces as they come -> uint8 (N, S, S, 3), N at most count.
+
+    Held at any time are at most `room` bytes or twice the count: of longer videos, every second frame, fourth, ...
+    """
+    kept, step, seen = [], 1, 0
+    for frames, _ in pieces:  # (1, f, S, S, 3)
+        kept.append(frames[0, -seen % step::step].copy())
+        seen += frames.shape[1]
+        while sum(map(len, kept)) > max(2 * count, room // frames[0, 0].nbytes):
+            kept, step = [np.concatenate(kept)[::2].copy()], 2 * step
+    kept = np.concatenate(kept)
+    return kept[spread(count, len(kept))]
 
 
 # ---------------------------------------------------------------- clips

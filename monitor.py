@@ -4,6 +4,7 @@ What is called here leaves the model in evaluation mode.
 
 Shapes: n videos, T frames of a clip, H x W tokens a frame, S frame side in pixels, d hidden size.
 """
+
 from pathlib import Path
 
 import numpy as np
@@ -179,5 +180,5 @@ def middle_frames(frames, count, stride):
 def original_frames(store, video, view, count, stride):
     """The pixels of a video's middle clip -> uint8 (T, S, S, 3)."""
     resize, crop, flip = store.header["views"][view]
-    path, size = Path(store.header["root"]) / store.name(video), store.header["size"]
-    return middle_frames(read_frames(path, store.header["fps"], size, crop, flip, resize), count, stride)
+    frames = read_frames(store.video_path(video), store.header["fps"], store.header["size"], crop, flip, resize)
+    return middle_frames(frames, count, stride)

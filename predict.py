@@ -18,9 +18,9 @@ import monitor
 from plumbing import processes
 from plumbing.checkpoints import read_checkpoint
 from plumbing.cli import UserError
-from plumbing.decoding import VideoError, read_views
+from plumbing.decoding import VideoError, printed, read_frames, stream_views
 from plumbing.pictures import draw_prediction, save_fill_in
-from plumbing.tokenizing import encode, fingerprint
+from plumbing.tokenizing import encode_all, fingerprint
 from vqvae import load_tokenizer
 
 
@@ -56,18 +56,21 @@ def read_origin(config, backbone):
 
 
 def each_video(paths, tokenizer, made, views):
-    """Decodes and tokenises files -> yields (Path, uint8 (views, F, S, S, 3), int64 (views, F, H, W)).
+    """Decodes and tokenises files -> yields (Path, tokens (views, F, H, W)).
 
-    One that cannot be decoded is said and left out. Raises UserError at the end where none could.
+    One that cannot be decoded is said and left out, one that is damaged is said. Raises UserError at the end where none
+    could be decoded.
     """
     read = 0
     for path in paths:
         try:
-            frames = read_views(path, made["fps"], made["size"], views)
+            tokens, damage = encode_all(tokenizer, stream_views(path, made["fps"], made["size"], views))
         except VideoError as error:
             print(f"skipped {error}")
             continue
-        yield Path(path), frames, encode(tokenizer, frames)
+        if damage:
+            print(f"damaged {damage}")
+        yield Path(path), tokens
         read += 1
     if not read:
         raise UserError("none of the videos could be read")
@@ -77,14 +80,14 @@ def fill_in(config, model):
     """The pictures of pretrain.py --fill-in, beside the checkpoint. config: pretrain.Config. model: Vimpac."""
     tokenizer, made, trained = read_origin(config, model.backbone)
     stride = max(1, round((trained.get("min_stride", 1) + trained.get("max_stride", 1)) / 2))
-    center, frames = [(made["size"], "center", False)], model.backbone.config.frames
-    for path, (video,), (tokens,) in each_video(config.fill_in, tokenizer, made, center):
+    for path, (tokens,) in each_video(config.fill_in, tokenizer, made, [(made["size"], "center", False)]):
         clip = monitor.middle_clip(tokens, model.backbone.config, stride)
-        picture = monitor.fill_in_clip(model, tokenizer, clip, monitor.middle_frames(video, frames, stride),
-                                       torch.Generator().manual_seed(config.seed), **config.masks())
+        frames = monitor.middle_frames(read_frames(path, made["fps"], made["size"]), len(clip), stride)
+        picture = monitor.fill_in_clip(model, tokenizer, clip, frames, torch.Generator().manual_seed(config.seed),
+                                       **config.masks())
         place = Path(config.checkpoint).with_name(f"fill_in-{path.stem}")
-        save_fill_in(picture[None], [path.name], place)
-        print(f"{path}: {place}.png, {place.name}.gif")
+        save_fill_in(picture[None], [printed(path.name)], place)
+        print(f"{printed(path)}: {printed(place)}.png, {printed(place.name)}.gif")
 
 
 @torch.no_grad()
@@ -98,7 +101,7 @@ def classify(config, model, precision):
     fps, count = trained.get("fps", config.fps), trained.get("clips", config.clips)
     stride = max(1, round(made["fps"] / fps))
     names = made.get("classes") or [f"class {i}" for i in range(model.classifier.out_features)]
-    for path, frames, tokens in each_video(config.predict, tokenizer, made, made["views"]):
+    for path, tokens in each_video(config.predict, tokenizer, made, made["views"]):
         clips = torch.from_numpy(np.concatenate(
             [data.even_clips(view, shape.frames, stride, count, shape.vocab_size) for view in tokens]))
         with processes.autocast(model.backbone.cls.device, precision):
@@ -106,10 +109,11 @@ def classify(config, model, precision):
         p = 100 * logits.float().softmax(dim=-1).unflatten(0, (len(tokens), count)).mean(dim=0).cpu()  # (clips, C)
         chance, best = p.mean(dim=0).topk(min(5, len(names)))
         said = ", ".join(f"{names[i]} {percent:.1f}%" for i, percent in zip(best.tolist(), chance.tolist()))
-        print(f"{path}: {said}")
+        print(f"{printed(path)}: {said}")
         view, length = next((i for i, v in enumerate(made["views"]) if v[1] == "center"), 0), tokens.shape[1]
         shown, starts = data.spread(8, length), data.even_starts(length, shape.frames, stride, count)
+        frames = data.spread_frames(stream_views(path, made["fps"], made["size"], [made["views"][view]]), 8)
         middles = (starts + (min(length, (shape.frames - 1) * stride + 1) - 1) / 2) / made["fps"]  # seconds
-        draw_prediction(frames[view][shown], tokens[view][shown], shown / made["fps"],
+        draw_prediction(frames, tokens[view][shown], shown / made["fps"],
                         {names[i]: list(zip(middles, p[:, i].tolist())) for i in best.tolist()},
-                        Path(config.out) / f"predict-{path.stem}.png", f"{path.name}: {said.split(',')[0]}")
+                        Path(config.out) / f"predict-{path.stem}.png", f"{printed(path.name)}: {said.split(',')[0]}")

@@ -175,7 +175,7 @@ class Vimpac(nn.Module):
         checkpoint = checkpoints.read_checkpoint(path)
         if "transformer" not in checkpoint:
             return cls.from_released(path)
-        config = checkpoint["config"]
+        config = checkpoint.get("config", {})
         if "projection_hidden" not in config:
             raise UserError(f"{path} is of fine-tuning: it has no token head any more")
         model = cls(TransformerConfig(**checkpoint["transformer"]), config["projection_hidden"],

@@ -91,7 +91,9 @@ def write_videos(numbers, folder, seed):
                   "-threads", "1", str(folder / f"{number:05d}.mp4")]
     command = [imageio_ffmpeg.get_ffmpeg_exe(), "-y", "-v", "error", "-f", "rawvideo", "-pix_fmt", "rgb24",
                "-s", f"{SIZE}x{SIZE}", "-r", str(FPS), "-i", "-", "-filter_complex", graph, *files]
-    subprocess.run(command, input=np.stack(videos).tobytes(), check=True)
+    done = subprocess.run(command, input=np.stack(videos).tobytes(), capture_output=True, check=False)
+    if done.returncode:
+        raise OSError(f"ffmpeg could not write into {folder}: {done.stderr.decode(errors='replace')[-200:]}")
     return labels
 
 

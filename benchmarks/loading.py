@@ -4,7 +4,7 @@
     python benchmarks/loading.py tokenize --videos DIR --tokenizer vqvae.pt --frame-size 128
 """
 import argparse
-import os
+import contextlib
 import re
 import subprocess
 import sys
@@ -22,7 +22,7 @@ sys.path.insert(0, str(ROOT))
 import data
 import vqvae
 from plumbing.cli import progress
-from plumbing.decoding import VideoError, decode_all, read_views
+from plumbing.decoding import VideoError, decode_all, stream_views
 from plumbing.tokenizing import frames_at_once, tokenize
 from plumbing.writer import StoreWriter
 
@@ -63,13 +63,13 @@ def measure_tokenizing(folder, tokenizer_path, size, fps, repeat):
     tokenizer, views = vqvae.load_tokenizer(tokenizer_path), data.views_for("pretrain", size)
 
     def read(path):
-        return read_views(path, fps, size, views)
+        return stream_views(path, fps, size, views)
 
     seconds, frames = {}, []
     start = time.perf_counter()
-    for _, result in decode_all(videos, read, os.cpu_count()):
-        if not isinstance(result, VideoError):
-            frames.append(result[0])
+    for _, pieces in decode_all(videos, read):
+        with contextlib.suppress(VideoError):
+            frames += [piece[0] for piece, _ in pieces]
     seconds["decoding"] = time.perf_counter() - start
     frames = torch.from_numpy(np.concatenate(frames))
     start = time.perf_counter()

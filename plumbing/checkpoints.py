@@ -33,11 +33,12 @@ def read_checkpoint(path):
         raise UserError(f"there is no file {path} (python pretrain.py makes runs/toy/last.pt)") from error
     except Exception as error:  # torch's unpickler meets damaged files with errors of many kinds
         raise UserError(f"{path} is damaged, or no checkpoint of plain tensors ({type(error).__name__})") from error
-    own = {"model": dict, "transformer": dict, "config": dict}
     if not isinstance(content, dict) or not all(isinstance(key, str) for key in content):
         raise UserError(f"{path} holds a {type(content).__name__}, not a dictionary of named tensors")
-    if "transformer" in content and not all(isinstance(content.get(key), kind) for key, kind in own.items()):
-        raise UserError(f"{path} is no checkpoint of this project: it lacks one of {', '.join(own)}")
+    if "transformer" in content and not all(isinstance(content.get(key), dict) for key in ("model", "transformer")):
+        raise UserError(f"{path} is no checkpoint of this project: its model or transformer is missing")
+    if not all(isinstance(content.get(key, {}), dict) for key in ("config", "tokens")):
+        raise UserError(f"{path} is no checkpoint of this project: its config or tokens are no settings")
     if isinstance(content.get("model"), dict):
         content["model"] = without_module(content["model"])
     return without_module(content)

@@ -8,6 +8,7 @@ Shapes: F frames of a video, H x W tokens a frame.
 """
 import json
 import math
+import os
 import zlib
 from pathlib import Path
 
@@ -137,7 +138,14 @@ class TokenStore:
         start, length = int(self.index["name"][i]), int(self.index["name_length"][i])
         with open(self.path / "names.txt", "rb") as file:
             file.seek(start)
-            return file.read(length).decode()
+            return os.fsdecode(file.read(length))
+
+    def video_path(self, i):
+        """Where the video lies -> Path. Raises UserError for a name that leaves the folder of the videos."""
+        name = Path(self.name(i))
+        if name.is_absolute() or ".." in name.parts:
+            raise UserError(f"{self.path}: the name {str(name)!r} leads out of the folder of its videos")
+        return Path(self.header["root"]) / name
 
     def tokens(self, i, view=0):
         """One view of a video -> uint16 (F, H, W), a view into the file."""

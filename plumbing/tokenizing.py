@@ -9,10 +9,11 @@ import os
 import time
 from pathlib import Path
 
+import numpy as np
 import torch
 
 from plumbing.cli import progress
-from plumbing.decoding import VideoError, decode_all, read_views
+from plumbing.decoding import VideoError, decode_all, stream_views
 from plumbing.files import locked, write_text
 from plumbing.processes import by_first, from_all, rank_and_world, say, share, wait_for_all
 from plumbing.store import check_header, read_header
@@ -50,6 +51,14 @@ def encode(tokenizer, frames, batch=256):
     return torch.cat([tokenizer.encode(part) for part in parts]).unflatten(0, frames.shape[:2]).cpu().numpy()
 
 
+def encode_all(tokenizer, pieces, batch=256):
+    """The pieces of one video, of `decoding.stream_views` -> uint16 (views, F, H, W), what is wrong with it or None."""
+    parts, damage = [], None
+    for frames, damage in pieces:  # (views, f, S, S, 3)
+        parts.append(encode(tokenizer, frames, batch).astype(np.uint16))
+    return np.concatenate(parts, axis=1), damage
+
+
 def psnr(error):
     """Peak signal-to-noise ratio in dB of a mean squared error of pixels in -1..1."""
     return 10 * math.log10(4 / max(error, 1e-10))
@@ -75,8 +84,9 @@ def tokenize(tokenizer, videos, root, out, fps, size, views, name, classes=None,
 
     videos: [(path, {label set: class})]. root: what names in the store are relative to. views: from `data.views_for`.
     name: what the store's header calls the tokenizer. spans: {path: (first, last)} from `frame_spans`.
-    Files that cannot be decoded are listed in out/errors.txt, and said. Raises UserError where another program writes
-    there, where the store is of another kind or of other videos, and where none could be decoded.
+    Files that cannot be decoded, or perhaps only in part, are listed in out/errors.txt, and said. Raises UserError
+    where another program writes there, where the store is of another kind or of other videos, and where no video could
+    be decoded.
     """
     rank, world = rank_and_world()
     root = os.path.abspath(root)
@@ -94,17 +104,17 @@ def tokenize(tokenizer, videos, root, out, fps, size, views, name, classes=None,
         by_first(held.enter_context, locked(out))
         before = by_first(earlier, out, header, listed, made, fingerprint(tokenizer, ""))
         writer = StoreWriter(out, header, rank)
-        decoded = decode_all(todo, lambda path: read_views(path, fps, size, views, (spans or {}).get(path)),
-                             workers or os.cpu_count())
+        decoded = decode_all(todo, lambda path: stream_views(path, fps, size, views, (spans or {}).get(path)), workers)
         errors, start, done = [], time.perf_counter(), 0
         bar = progress(decoded, "tokenising", len(todo), " videos", show=rank == 0 and bool(todo))
-        for path, frames in bar:
-            if isinstance(frames, VideoError):
-                errors.append(str(frames))
+        for path, pieces in bar:
+            try:
+                tokens, damage = encode_all(tokenizer, pieces, batch)  # (views, F, H, W)
+            except VideoError as error:
+                errors.append(str(error))
                 continue
-            tokens = encode(tokenizer, frames, batch)  # (views, F, H, W)
             relative, *place = todo[path]
-            writer.add(relative, tokens, *place)
+            writer.add(relative, tokens, *place, damage)
             done += tokens.shape[0] * tokens.shape[1]
             bar.set_postfix_str(f"{done / (time.perf_counter() - start):.0f} frames/s", refresh=False)
         finish_store(writer, errors, listed, before)
@@ -125,20 +135,29 @@ def earlier(out, header, listed, made, old_fingerprint):
         check_root(out, found, header, listed, made)
     if not all((out / name).is_file() for name in ("index.npy", "names.txt")):
         return None
-    before = set((out / "names.txt").read_bytes().decode(errors="replace").split("\n")[:-1])
+    before = set((out / "names.txt").read_bytes().split(b"\n")[:-1])
     kept = sum(made_of(made, name, *place, header["root"]) is not None for name, _, *place in listed)
-    return kept, len(before - {name for name, *_ in listed})
+    return kept, len(before - {os.fsencode(name) for name, *_ in listed})
 
 
 def finish_store(writer, errors, listed, before):
     """Called by all processes, each with its own errors, when all their tokens are written. before: see `earlier`."""
     writer.close()
     wait_for_all()  # until all have closed theirs
-    errors = [line for part in from_all(errors) for line in part]
+    by_first(conclude, writer, [line for part in from_all(errors) for line in part], listed, before)
+
+
+def conclude(writer, errors, listed, before):
+    """The index, errors.txt and what is said, by the first process."""
+    place = writer.path / "errors.txt"
     for line in errors:
         say(f"skipped {line}")
-    by_first(write_text, writer.path / "errors.txt", "".join(f"{line}\n" for line in errors))
-    videos = by_first(writer.finish, listed)
+    write_text(place, "".join(f"{line}\n" for line in errors))  # also where nothing else could be decoded
+    videos, damaged = writer.finish(listed)
+    for line in damaged:
+        say(f"damaged {line}")
+    write_text(place, "".join(f"{line}\n" for line in errors + damaged))
+    partly = f", {len(damaged)} perhaps in part" if damaged else ""
     changes = "" if before is None else (f" ({before[0]} kept, {videos - before[0]} new, "
                                          f"{before[1]} no longer listed)")
-    say(f"{writer.path}: {videos} videos tokenised, {len(errors)} could not be decoded{changes}")
+    say(f"{writer.path}: {videos} videos tokenised, {len(errors)} could not be decoded{partly}{changes}")

@@ -19,8 +19,8 @@ from plumbing.files import whole, write_text, writing
 from plumbing.store import FORMAT, INDEX, TokenStore, check_header, checksum, read_header
 
 # start: in tokens. size: of the file in bytes; modified: when, in ns; both None in stores made before they were noted.
-# root: what the name was relative to. crc: of the tokens
-Made = namedtuple("Made", "name start frames size modified crc shard root", defaults=(None,) * 3)
+# root: what the name was relative to. crc: of the tokens. damage: what is wrong with the file
+Made = namedtuple("Made", "name start frames size modified crc damage shard root")
 
 
 def stamp(path):
@@ -52,7 +52,7 @@ def _records(journal):
                 root = record["root"]
             elif min(int(record["start"]), int(record["frames"]) - 1) >= 0:
                 found.append(Made(record["name"], record["start"], record["frames"], record.get("size"),
-                                  record.get("modified"), record.get("crc"), shard, root))
+                                  record.get("modified"), record.get("crc"), record.get("damage"), shard, root))
         except (ValueError, TypeError, KeyError, RecursionError):
             continue
     return found
@@ -80,12 +80,12 @@ def made_of(made, name, size, modified, root):
 
 
 def contents(header, listed, made):
-    """A finished store's header, and its other small files -> dict, {file name: bytes}.
+    """A finished store's header, its other small files, what is wrong with its videos -> dict, {name: bytes}, [str].
 
     listed: [(name, {label set: class}, size, modified)]: see `stamp`. Videos of which nothing was made are left out.
     """
     rows = [(made_of(made, name, *place, header["root"]), name, labels) for name, labels, *place in listed]
-    rows = [(record, name.encode() + b"\n", labels) for record, name, labels in rows if record]
+    rows = [(record, os.fsencode(name) + b"\n", labels) for record, name, labels in rows if record]
     places = np.cumsum([0] + [len(name) for _, name, _ in rows])
     arrays = {f"labels-{key}.npy": np.array([labels.get(key, -1) for *_, labels in rows], "<i4")
               for key in sorted({key for *_, labels in rows for key in labels})}
@@ -97,7 +97,8 @@ def contents(header, listed, made):
         np.save(file, array)
         files[name] = file.getvalue()
     checksums = {name: [len(content), zlib.crc32(content)] for name, content in files.items()}
-    return {**header, "videos": len(rows), "checksums": checksums}, files
+    damaged = [record.damage for record, *_ in rows if record.damage]
+    return {**header, "videos": len(rows), "checksums": checksums}, files, damaged
 
 
 def is_finished(path, header):
@@ -159,18 +160,19 @@ class StoreWriter:
             while rest:
                 rest = rest[file.write(rest):]  # at most 2 GB at a time
 
-    def add(self, name, tokens, size=None, modified=None):
-        """tokens: (views, F, H, W). size, modified: the file's, from before it was read: see `stamp`."""
+    def add(self, name, tokens, size=None, modified=None, damage=None):
+        """tokens: (views, F, H, W). size, modified: the file's, from before it was read: see `stamp`. damage: a line
+        that says what is wrong with the file."""
         tokens = np.ascontiguousarray(tokens, dtype="<u2")
         self._write(self.tokens, tokens)
         self._write(self.journal, _line({"name": name, "start": self.written, "frames": tokens.shape[1], "size": size,
-                                         "modified": modified, "crc": zlib.crc32(tokens)}))
+                                         "modified": modified, "crc": zlib.crc32(tokens), "damage": damage}))
         self.written += tokens.size
 
     def finish(self, listed):
-        """Writes the index that TokenStore maps, where it is not there already -> videos in it. listed: see `contents`.
-        With several processes, one calls this when all have closed."""
-        header, files = contents(self.header, listed, read_journals(self.path, self.header))
+        """Writes the index that TokenStore maps, where it is not there already -> videos in it, what is wrong with some
+        [str]. listed: see `contents`. With several processes, one calls this when all have closed."""
+        header, files, damaged = contents(self.header, listed, read_journals(self.path, self.header))
         if not header["videos"]:
             raise UserError(f"{self.path}: none of the {len(listed)} videos could be decoded, see errors.txt in it")
         if not is_finished(self.path, header):
@@ -181,7 +183,7 @@ class StoreWriter:
             for name, content in files.items():
                 with whole(self.path / name) as file:
                     file.write(content)
-        return header["videos"]
+        return header["videos"], damaged
 
     def close(self):
         self.tokens.close()

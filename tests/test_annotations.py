@@ -1,5 +1,6 @@
 """Each real dataset's layout, written as its site gives it out: from video files to accuracy by the command lines."""
 import json
+import os
 from dataclasses import asdict
 
 import pytest
@@ -9,7 +10,7 @@ from conftest import TINY, call, flags
 import finetune
 import pretrain
 import vqvae
-from plumbing.annotations import list_videos
+from plumbing.annotations import frame_spans, list_videos
 from plumbing.checkpoints import save_checkpoint
 from plumbing.cli import UserError, parse
 from plumbing.store import TokenStore
@@ -186,6 +187,34 @@ def test_what_is_wrong_in_a_list_is_named(tmp_path, video, dataset, split, annot
         list_videos(dataset, tmp_path / "root", split)
 
 
+@pytest.mark.parametrize("dataset, annotation, content, said", [
+    ("ucf101", "ucfTrainTestlist/classInd.txt", "1 ApplyEyeMakeup\n2\n", "every line is `number class`, not '2'"),
+    ("hmdb51", "testTrainMulti_7030_splits/wave_test_split1.txt", "wave_1.avi 1\nwave_2.avi", "not 'wave_2.avi'"),
+    ("ssv2", "train.json", '[{"id": "1", "templ', "not whole, or no JSON"),
+    ("ssv2", "train.json", '[{"template": "Putting [something]"}]', "entry 1 has no id"),
+    ("ssv2", "labels.json", '["Putting"]', "a dict is expected"),
+    ("ssv2", "labels.json", '{"Putting": "0x"}', "whole numbers"),
+    ("diving48", "Diving48_V2_train.json", '[{"vid_name": "a_0", "label": 0}, {"vid_name": "b_1"}]', "entry 2 .*label"),
+    ("diving48", "Diving48_V2_train.json", '[{"vid_name": "a_0", "label": 0, "end_frame": "8,movie=x"}]', "end_frame"),
+    ("kinetics400", "train.csv", "label,youtube_id,time_start,time_end\nyoga,dID,7\n", "row 1 has no time_end"),
+    ("kinetics400", "train.csv", "label,youtube_id,time_start,time_end\nyoga,dID,7,1x\n", "'dID' has no start")])
+def test_an_annotation_cut_short_or_of_another_form_is_named(tmp_path, video, dataset, annotation, content, said):
+    LAYOUTS[dataset](tmp_path / "root", video)
+    path = tmp_path / "root" / annotation
+    path.write_text(content)
+    with pytest.raises(UserError, match=said) as error:
+        list_videos(dataset, tmp_path / "root", "train")
+        frame_spans(dataset, tmp_path / "root", "train")
+    assert str(error.value).startswith(str(tmp_path)) and len(str(error.value).splitlines()) == 1
+
+
+@pytest.mark.parametrize("mark", ["classInd", "trainlist01"])
+def test_a_byte_order_mark_in_a_dataset_s_own_list_loses_nothing(tmp_path, video, mark):
+    expected, path = ucf101(tmp_path / "root", video), tmp_path / f"root/ucfTrainTestlist/{mark}.txt"
+    path.write_text("\ufeff" + path.read_text())
+    assert [label for _, label in list_videos("ucf101", tmp_path / "root", "train")] == expected["train"]
+
+
 def test_an_unknown_dataset_or_split_is_refused_with_those_that_there_are(tmp_path):
     with pytest.raises(UserError, match="'ucf102': choose one of .*kinetics400"):
         list_videos("ucf102", tmp_path, "train")
@@ -231,6 +260,25 @@ def test_labels_that_are_words_are_numbered_alike_in_every_split(own):
 def test_what_is_wrong_in_a_list_of_one_s_own_is_named(own, lists, said):
     with pytest.raises(UserError, match=said):
         list_videos("list", own(**lists), "test")
+
+
+def test_a_byte_order_mark_loses_no_video(own):
+    root = own(train="\ufeffc.mp4 1\nd.mp4 0\n", words="\ufeffc.mp4 jump\nd.mp4 walk\n", classes="")
+    assert [label for _, label in list_videos("list", root, "train")] == [1, 0]
+    own(classes="\ufeffjump\nwalk\n")
+    assert [label for _, label in list_videos("list", root, "words")] == [0, 1]
+
+
+def test_a_name_is_read_to_its_end_whatever_bytes_it_holds(own):
+    root = own(train="")
+    names = [b"caf\xe9.mp4", b"\xe2\x80\xa8.mp4", b"a\x0b\x1c\xc2\x85b.mp4"]  # no UTF-8; what str.splitlines splits at
+    try:
+        for name in names:
+            (root / os.fsdecode(name)).touch()
+    except OSError:
+        pytest.skip("this file system takes UTF-8 alone")
+    (root / "train.txt").write_bytes(b"".join(name + b" 1\r\n" for name in names))
+    assert list_videos("list", root, "train") == [(str(root / os.fsdecode(name)), 1) for name in names]
 
 
 def test_a_split_alone_needs_no_other(own):

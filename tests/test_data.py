@@ -14,6 +14,16 @@ def test_views_are_those_of_the_paper():
     assert len(data.views_for("test", 128)) == 3
 
 
+@pytest.mark.parametrize("length, count", [(7, 20), (20, 20), (40, 20), (41, 20), (1000, 20), (1000, 1), (999, 7)])
+def test_of_a_long_video_few_frames_are_held_and_they_are_spread_over_it(length, count):
+    numbers = np.broadcast_to(np.arange(length, dtype=np.int64)[None, :, None], (1, length, 4))
+    pieces = [(numbers[:, start:start + 9], None) for start in range(0, length, 9)]
+    chosen = data.spread_frames(pieces, count, room=0)[:, 0]
+    even = data.spread(count, length)
+    assert len(chosen) == len(even) and np.abs(chosen - even).max() <= length / count
+    assert length > 40 or chosen.tolist() == even.tolist()
+
+
 def test_a_tokenizer_s_frames_come_from_all_videos_and_all_of_each(tmp_path, write_video):
     paths = [str(write_video(tmp_path / f"{i}.mp4", range(100 * i, 100 * i + 80, 5), width=128)) for i in (0, 1)]
     (tmp_path / "broken.mp4").write_bytes(b"no video")

@@ -159,7 +159,7 @@ def test_files_that_are_no_checkpoint_of_a_run_are_named(tmp_path):
     for name, said in (("text.pt", "no checkpoint"), ("part.pt", "no checkpoint of a run"), ("none.pt", "no file"),
                        ("object.pt", "no checkpoint"), ("list.pt", "holds a list"), ("tensor.pt", "holds a Tensor"),
                        ("empty.pt", "no checkpoint of a run"), ("step.pt", "no checkpoint of a run"),
-                       ("transformer.pt", "lacks one of")):
+                       ("transformer.pt", "transformer is missing")):
         with pytest.raises(UserError, match=f"{said}.*{name}|{name}.*{said}"):
             checkpoints.restore(tmp_path / name, model, optimizer)
     save(tmp_path / "last.pt", model, optimizer)

@@ -1,5 +1,6 @@
 """A list of videos -> a token store: by one process or several, whole or killed and continued."""
 import json
+import os
 import shutil
 import signal
 import subprocess
@@ -8,16 +9,18 @@ import time
 from datetime import timedelta
 from pathlib import Path
 
+import imageio_ffmpeg
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT, call, run
+from conftest import ROOT, call, run, write_store
 
 import data
+import monitor
 import vqvae
-from plumbing import files, processes, tokenizing
+from plumbing import decoding, files, processes, tokenizing
 from plumbing.cli import UserError
-from plumbing.decoding import read_views
+from plumbing.decoding import read_views, stream_views
 from plumbing.store import TokenStore
 from plumbing.tokenizing import fingerprint, frames_at_once, tokenize
 
@@ -78,7 +81,7 @@ def test_several_processes_make_the_store_of_one_and_one_continues_it(tmp_path, 
         assert said.count("broken.mp4") == 1 and "5 videos tokenised, 1 could not be decoded" in said
         assert (tmp_path / out / "errors.txt").read_text().count("broken.mp4") == 1
     read = []
-    monkeypatch.setattr(tokenizing, "read_views", lambda path, *how: read.append(path) or read_views(path, *how))
+    monkeypatch.setattr(tokenizing, "stream_views", lambda path, *how: read.append(path) or stream_views(path, *how))
     again = call(vqvae, *command(place, tmp_path / "two"))  # by one process, what two have made
     assert "5 videos tokenised, 1 could not be decoded" in again.stdout and content(tmp_path / "two") == one
     assert read == [str(place / "videos/broken.mp4")]
@@ -120,7 +123,7 @@ def test_no_more_pixels_are_encoded_at_once_and_the_tokens_are_the_same(tmp_path
         return encode(self, frames)
     monkeypatch.setattr(vqvae.VQVAE, "encode", spy)
     store = by_hand(tokenizer, place, tmp_path / "s", "train", 256, ["z.mp4"])  # 8 frames of 12 views
-    assert shapes == [(64, 256, 256, 3), (32, 256, 256, 3)]
+    assert shapes == [(60, 256, 256, 3), (36, 256, 256, 3)]  # of whole frames: 5 x 12 and 3 x 12
     views = read_views(place / "videos/z.mp4", 8, 256, data.views_for("train", 256))
     for view in (0, 5, 11):
         assert np.array_equal(store.tokens(0, view), encode(tokenizer, torch.from_numpy(views[view])).numpy())
@@ -179,8 +182,8 @@ def list_videos(folder, pairs):
 def decoded(monkeypatch):
     """-> a list that fills with the names of the files that are decoded."""
     read = []
-    monkeypatch.setattr(tokenizing, "read_views",
-                        lambda path, *how: read.append(Path(path).name) or read_views(path, *how))
+    monkeypatch.setattr(tokenizing, "stream_views",
+                        lambda path, *how: read.append(Path(path).name) or stream_views(path, *how))
     return read
 
 
@@ -300,3 +303,77 @@ def uneven(folder, meeting, rank):
         tokenizing.read_views = lambda *how: time.sleep(2) or read_views(*how)
     done = call(vqvae, *command(folder, folder / "s"), "--workers", 1)
     assert done.returncode == 0, done.stderr
+def test_long_videos_are_tokenised_in_pieces(tmp_path, place, tokenizer, monkeypatch):
+    whole = by_hand(tokenizer, place, tmp_path / "whole", "train")
+    pieces = []
+    monkeypatch.setattr(decoding, "PIECE", 5 * 12 * 32 * 32 * 3)
+    monkeypatch.setattr(tokenizing, "encode", lambda *args, f=tokenizing.encode: pieces.append(f(*args)) or pieces[-1])
+    store = by_hand(tokenizer, place, tmp_path / "pieces", "train")
+    assert [piece.shape for piece in pieces] == [(12, 5, 4, 4)] * 3 + [(12, 1, 4, 4)]
+    assert all(np.array_equal(store.tokens(0, view), whole.tokens(0, view)) for view in range(12))
+
+
+def test_a_video_whose_ffmpeg_was_killed_is_listed_and_tried_again(tmp_path, place, tokenizer, monkeypatch):
+    script = tmp_path / "ffmpeg"  # of 0.mp4 it gives five frames, then it is killed
+    script.write_text(f"""#!/bin/sh
+    case "$*" in *0.mp4*) {imageio_ffmpeg.get_ffmpeg_exe()} "$@" | head -c 15360; kill -9 $$;; esac
+    exec {imageio_ffmpeg.get_ffmpeg_exe()} "$@" """)
+    script.chmod(0o755)
+    names = ["0.mp4", "z.mp4"]
+    with monkeypatch.context() as patch:
+        patch.setenv("IMAGEIO_FFMPEG_EXE", str(script))
+        store = by_hand(tokenizer, place, tmp_path / "s", names=names)
+    assert [store.name(i) for i in range(len(store))] == ["z.mp4"]
+    assert "0.mp4: ffmpeg was killed by signal 9 after 5 frames" in (tmp_path / "s/errors.txt").read_text()
+    store = by_hand(tokenizer, place, tmp_path / "s", names=names)
+    assert [store.name(i) for i in range(len(store))] == names and (tmp_path / "s/errors.txt").read_text() == ""
+    assert len(store.tokens(0)) == len(read_views(place / "videos/0.mp4", 8, 32, data.views_for("pretrain", 32))[0])
+
+
+def test_a_damaged_video_is_stored_and_listed_by_every_call(tmp_path, place, tokenizer, write_video, capsys):
+    path = write_video(place / "videos/cut.mkv", range(0, 240, 2), options=("-g", "10"))
+    path.write_bytes(path.read_bytes()[:path.stat().st_size * 6 // 10])
+    for names in (["cut.mkv", "0.mp4"], ["cut.mkv", "z.mp4"]):
+        store = by_hand(tokenizer, place, tmp_path / "s", names=names)
+        line = f"{path}: gave {len(store.tokens(0))} frames, perhaps not all: "
+        assert (tmp_path / "s/errors.txt").read_text().startswith(line) and len(store) == 2
+        said = capsys.readouterr().out
+        assert f"damaged {line}" in said and "2 videos tokenised, 0 could not be decoded, 1 perhaps in part" in said
+
+
+def test_names_are_bytes(tmp_path, place, write_video):
+    root, names = tmp_path / "videos", [b"caf\xe9.mp4", b"\xe2\x80\xa8 a b.mp4", b"bad\xff.mp4"]
+    names = [os.fsdecode(name) for name in names]
+    try:
+        write_video(root / "v.mp4", [100] * 8).rename(root / names[0])
+    except OSError:
+        pytest.skip("this file system takes UTF-8 alone")
+    write_video(root / "v.mp4", [50] * 8).rename(root / names[1])
+    (root / names[2]).write_bytes(b"no video")
+    (root / "train.txt").write_bytes(b"".join(os.fsencode(f"{name} {i}\n") for i, name in enumerate(names)))
+    argv = [root if part == place / "videos" else part for part in command(place, tmp_path / "s")]
+    for _ in range(2):
+        done = call(vqvae, *argv)
+        assert done.returncode == 0, done.stderr
+        assert "bad\\xff.mp4: " in done.stdout and "2 videos tokenised, 1 could not" in done.stdout
+        assert "bad\\xff.mp4: " in (tmp_path / "s/errors.txt").read_text()
+        store = TokenStore(tmp_path / "s")
+        assert [store.name(i) for i in range(2)] == names[:2] and store.video_path(0).is_file()
+
+
+@pytest.mark.parametrize("name", ["../secret.mp4", "/etc/secret.mp4", "a/../../secret.mp4"])
+def test_a_name_in_a_store_cannot_lead_out_of_its_folder(tmp_path, monkeypatch, name):
+    store = write_store(tmp_path / "s", [(np.zeros((1, 3, 2, 2)), {})], root=str(tmp_path / "videos"))
+    monkeypatch.setattr(TokenStore, "name", lambda self, i: name)
+    with pytest.raises(UserError, match="leads out of the folder"):
+        monitor.original_frames(store, 0, 0, 2, 1)
+
+
+def test_a_store_whose_rate_is_no_number_is_refused(tmp_path):
+    write_store(tmp_path / "s", [(np.zeros((1, 3, 2, 2)), {})])
+    header = json.loads((tmp_path / "s/header.json").read_text())
+    del header["checksum"]  # as in stores of earlier versions, and in those of an enemy
+    (tmp_path / "s/header.json").write_text(json.dumps({**header, "fps": "8,movie=/etc/passwd"}))
+    with pytest.raises(UserError, match="header.json is missing or damaged .*fps is a number") as error:
+        TokenStore(tmp_path / "s")
+    assert len(str(error.value).splitlines()) == 1

@@ -161,8 +161,8 @@ def test_videos_of_one_colour_train_a_tokenizer_of_many_codes(tmp_path, write_vi
     (["train", "--frame-size", "20"], "multiple of 8"), (["train", "--videos", "few"], "too few"),
     (["tokenize", "--videos", "few", "--tokenizer", "t.pt"], "no file t.pt"),
     (["tokenize", "--videos", "few", "--tokenizer", "encoder.pkl"], "encoder.pkl"),
-    (["tokenize", "--videos", "few", "--tokenizer", "few/v.mp4"], "few/v.mp4 is not a checkpoint"),
-    (["tokenize", "--videos", "few", "--tokenizer", "tensor.pt"], "tensor.pt is not a checkpoint"),
+    (["tokenize", "--videos", "few", "--tokenizer", "few/v.mp4"], "few/v.mp4 is damaged, or no checkpoint"),
+    (["tokenize", "--videos", "few", "--tokenizer", "tensor.pt"], "tensor.pt holds a Tensor"),
     (["tokenize", "--dataset", "ucf101", "--root", "empty"], "ucfTrainTestlist")])
 def test_what_the_user_can_mend_ends_with_one_line(tmp_path, write_video, argv, said):
     (tmp_path / "empty").mkdir()
