@@ -48,7 +48,7 @@ def make(config, device):
         home, classes, labelled = root, toy.CLASSES, config.monitor or root / "tokens"
     by_first(lock, config.out)  # also tries it, before the long work
     if not config.videos:
-        by_first(lambda: (home / "toy.png").is_file() or toy.make(home, sizes))
+        by_first(lambda: toy.finished(home) or toy.make(home, sizes))
         splits = {split: toy.split_videos(home, split) for split in toy.SPLITS}
     place = Path(config.tokenizer or home / "tokenizer.pt")
     by_first(lambda: place.is_file() or make_tokenizer(config, splits["pretrain"], home, place, device))

@@ -104,18 +104,24 @@ def make(root, splits=None, seed=0, workers=None):
     is a world of another seed or other splits, and where another program is making one there.
     """
     root, asked = Path(root), {"seed": seed, "splits": splits or SPLITS}
-    finished, record = root / "toy.png", root / "toy.json"  # the first is written last
-    if not finished.is_file():
+    record = root / "toy.json"
+    if not finished(root):
         with locked(root):
             write_text(record, json.dumps(asked))
+            with whole(root / "toy.png") as file:  # first: something to look at
+                imageio.imwrite(file, picture(seed), format="png")
+            print(f"{root / 'toy.png'}: eight videos of the toy world, which is now written", flush=True)
             with writing(root / "videos"):
                 write_world(root, asked["splits"], seed, workers)
-            with whole(finished) as file:
-                imageio.imwrite(file, picture(seed), format="png")
     found = json.loads(record.read_text()) if record.is_file() else asked  # older worlds do not say
     if found != asked:
         raise UserError(f"{root} was made with {found}, not {asked}: choose another folder or delete it")
     return root
+
+
+def finished(root):
+    """Whether a whole world stands there: of all files, this one is written last."""
+    return (Path(root) / list(CLASSES)[-1] / "classes.txt").is_file()
 
 
 def write_world(root, splits, seed, workers):
@@ -127,12 +133,12 @@ def write_world(root, splits, seed, workers):
         labels = [label for group in progress(written, "toy videos", len(groups), " x 32 videos") for label in group]
     for name, classes in CLASSES.items():
         (root / name).mkdir(exist_ok=True)
-        write_text(root / name / "classes.txt", "".join(f"{c}\n" for c in classes))
         start = 0
         for split, count in splits.items():
             lines = [f"../videos/{i:05d}.mp4 {labels[i][name]}\n" for i in range(start, start + count)]
             write_text(root / name / f"{split}.txt", "".join(lines))
             start += count
+        write_text(root / name / "classes.txt", "".join(f"{c}\n" for c in classes))
 
 
 def sized(count):

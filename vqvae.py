@@ -23,6 +23,7 @@ from plumbing.annotations import DATASETS, class_names, frame_spans, list_videos
 from plumbing.checkpoints import read_checkpoint, save_checkpoint
 from plumbing.cli import UserError, option, parse_command, progress, run
 from plumbing.files import try_folder
+from plumbing.pictures import draw_tokenizer
 from plumbing.processes import leave_group, pick_device, say, seed_all, wait_for_all
 from plumbing.runs import learning_rate
 from plumbing.tokenizing import measure, psnr, tokenize
@@ -182,9 +183,9 @@ def load_tokenizer(path):
 # ---------------------------------------------------------------- training one
 
 
-def train_tokenizer(frames, codes, steps, batch, lr, seed, device):
+def train_tokenizer(frames, codes, steps, batch, lr, seed, device, look=None):
     """Trains on uint8 frames (N, S, S, 3) by reconstruction error + 0.25 x commitment loss -> VQVAE. Raises UserError
-    where that goes to infinity."""
+    where that goes to infinity. look: a function that is shown it after a quarter of the steps."""
     seed_all(seed)
     tokenizer = VQVAE(codes).to(device).train()
     optimizer = torch.optim.AdamW(tokenizer.parameters(), lr=lr, weight_decay=0)
@@ -198,6 +199,8 @@ def train_tokenizer(frames, codes, steps, batch, lr, seed, device):
         optimizer.step()
         if step % 20 == 0:
             bar.set_postfix_str(f"PSNR {psnr(error.item()):.1f} dB, {len(index.unique())} codes", refresh=False)
+        if look and step == steps // 4:
+            look(tokenizer, f"step {step} of {steps}")
     with torch.no_grad():
         error, commitment, _ = tokenizer.eval()(frames[:batch].to(device))  # with the last step's weights
     if not (error + commitment).isfinite():
@@ -210,12 +213,18 @@ def save_tokenizer(tokenizer, path):
 
 
 def make_tokenizer(videos, path, fps, size, frames, **training):
-    """Trains a tokenizer on so many frames of videos (paths), saves it and measures it on every twentieth, held out
-    -> what to say of it, what could not be read [str]."""
+    """Trains a tokenizer on so many frames of videos (paths), saves it, measures it on every twentieth, held out, and
+    draws it, beside its file -> what to say of it, what could not be read [str]."""
     frames, errors = data.sample_frames(videos, fps, size, frames)
     held_out, frames = frames[::20], frames[np.arange(len(frames)) % 20 > 0]
-    tokenizer = train_tokenizer(frames, **training)
+
+    def look(tokenizer, when):
+        picture = Path(path).with_suffix(".png")
+        draw_tokenizer(tokenizer, held_out[data.spread(8, len(held_out))], picture, f"the tokenizer at {when}")
+        say(f"{picture}: what the tokenizer leaves of some frames, at {when}")
+    tokenizer = train_tokenizer(frames, **training, look=look)
     save_tokenizer(tokenizer, path)
+    look(tokenizer, "its end")
     m = measure(tokenizer, held_out)
     return (f"reconstruction error {m['error']:.4f}, PSNR {m['psnr']:.1f} dB, perplexity {m['perplexity']:.0f}, "
             f"codes used {100 * m['codes_used']:.0f}% (on {len(held_out)} frames held out)"), errors

@@ -88,13 +88,14 @@ def draw_grid(axis, frames, rows, columns, **about):
     axis.set(**about)
 
 
-def draw_tokenizer(frames, tokens, decoded, path, about):
-    """What a tokenizer leaves of some frames: they, their tokens, decoded again. frames, decoded: uint8 (n, S, S, 3).
-    tokens: int (n, H, W)."""
+def draw_tokenizer(tokenizer, frames, path, about):
+    """What a tokenizer leaves of some frames, uint8 (n, S, S, 3): they, their tokens, decoded again."""
+    tokens = tokenizer.encode(frames)  # (n, H, W)
+    codes, decoded = token_colours(enlarged(tokens.cpu().numpy(), frames.shape[1])), tokenizer.decode(tokens)
     figure = Figure(figsize=(1.5 + 0.95 * len(frames), 3.6), layout="constrained")
-    codes = token_colours(enlarged(tokens, frames.shape[1]))
-    draw_grid(figure.subplots(), np.stack([frames, codes, decoded]), ("original", "tokens", "after the tokenizer"),
-              range(1, len(frames) + 1), title=about, xlabel="held-out frame")
+    draw_grid(figure.subplots(), np.stack([frames, codes, decoded.cpu().numpy()]),
+              ("original", "tokens", "after the tokenizer"), range(1, len(frames) + 1), title=about,
+              xlabel="frame, held out of training")
     figure.savefig(path, dpi=110)
 
 

@@ -35,7 +35,7 @@ def test_what_was_interrupted_is_made_again_and_what_is_whole_is_left(tmp_path):
     video = root / "videos/00000.mp4"
     video.write_bytes(b"")
     assert toy.make(root, {"train": 2}, workers=1) == root and video.read_bytes() == b""
-    (root / "toy.png").unlink()
+    (root / "appearance/classes.txt").unlink()
     toy.make(root, {"train": 2}, workers=1)
     assert len(data.read_frames(video, toy.FPS, toy.SIZE)) == toy.FRAMES
 
