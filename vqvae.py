@@ -20,7 +20,7 @@ from torch import nn
 import data
 from dalle import DalleVAE
 from plumbing.annotations import DATASETS, class_names, frame_spans, list_videos
-from plumbing.checkpoints import read_checkpoint, save_checkpoint
+from plumbing.checkpoints import load_weights, read_checkpoint, save_checkpoint
 from plumbing.cli import UserError, option, parse_command, progress, run
 from plumbing.files import try_folder
 from plumbing.pictures import draw_tokenizer
@@ -168,19 +168,13 @@ def load_tokenizer(path):
     path = Path(path)
     if path.suffix == ".pkl":
         decoder = path.with_name("decoder.pkl")
-        tokenizer = DalleVAE.from_pickles(path, decoder if decoder.is_file() else None)
-    else:
-        content = read_checkpoint(path)
-        if "vqvae" not in content:
-            raise UserError(f"{path} holds no tokenizer (python vqvae.py train makes one)")
-        tokenizer = VQVAE(**content["vqvae"])
-        tokenizer.load_state_dict(content["model"])
-    if not all(weight.isfinite().all() for weight in tokenizer.state_dict().values()):
-        raise UserError(f"{path} holds weights that are no numbers: train it anew with a lower --lr")
+        return DalleVAE.from_pickles(path, decoder if decoder.is_file() else None)
+    content = read_checkpoint(path)
+    if not {"vqvae", "model"} <= content.keys():
+        raise UserError(f"{path} holds no tokenizer (python vqvae.py train makes one)")
+    tokenizer = VQVAE(**content["vqvae"])
+    load_weights(tokenizer, content["model"], path)
     return tokenizer.eval()
-
-
-# ---------------------------------------------------------------- training one
 
 
 def train_tokenizer(frames, codes, steps, batch, lr, seed, device, look=None):
@@ -219,9 +213,9 @@ def make_tokenizer(videos, path, fps, size, frames, **training):
     held_out, frames = frames[::20], frames[np.arange(len(frames)) % 20 > 0]
 
     def look(tokenizer, when):
-        picture = Path(path).with_suffix(".png")
         draw_tokenizer(tokenizer, held_out[data.spread(8, len(held_out))], picture, f"the tokenizer at {when}")
         say(f"{picture}: what the tokenizer leaves of some frames, at {when}")
+    picture = Path(path).with_suffix(".png")
     tokenizer = train_tokenizer(frames, **training, look=look)
     save_tokenizer(tokenizer, path)
     look(tokenizer, "its end")
@@ -273,11 +267,11 @@ def train_command(config):
     leave_group()  # under torchrun, one process trains
     if Path(config.out).exists():
         raise UserError(f"--out {config.out} is there already: choose another name, or delete it")
-    videos = [path for path, _ in list_videos("folder", config.videos, "")]
     try_folder(Path(config.out).parent)
     found, errors = make_tokenizer(
-        videos, config.out, config.fps, config.frame_size, config.frames, codes=config.codes, steps=config.steps,
-        batch=config.batch, lr=config.lr, seed=config.seed, device=device)
+        [path for path, _ in list_videos("folder", config.videos, "")], config.out, config.fps, config.frame_size,
+        config.frames, codes=config.codes, steps=config.steps, batch=config.batch, lr=config.lr, seed=config.seed,
+        device=device)
     print("".join(f"skipped {line}\n" for line in errors) + f"{config.out}: {found}")
 
 
@@ -295,11 +289,8 @@ def tokenize_command(config):
 
 
 def main():
-    if sys.argv[1:2] == ["check"]:
-        if len(sys.argv) != 3:
-            raise UserError("say which token store: vqvae.py check STORE")
-        print(check_tokens(data.TokenStore(sys.argv[2])))
-        return
+    if sys.argv[1:2] == ["check"] and len(sys.argv) == 3:
+        return print(check_tokens(data.TokenStore(sys.argv[2])))
     command, config = parse_command({"train": TrainConfig, "tokenize": TokenizeConfig}, __doc__)
     {"train": train_command, "tokenize": tokenize_command}[command](config)
     leave_group()

@@ -15,6 +15,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from plumbing.checkpoints import save_checkpoint, start
 from plumbing.cli import UserError, option, progress
+from plumbing.fitting import give_back
 from plumbing.processes import leave_group, pick_precision, rank_and_world, say, stopping, sum_over_all
 from plumbing.store import read_lines, write_text
 
@@ -195,11 +196,14 @@ class Run:
         A signal to stop (Ctrl-C, SIGTERM) lets the step end, saves, and exits with the code that shells give it; a
         second one exits at once. Several processes stop at the same step: the next that writes a line of metrics.
         """
-        left, self.since = range(self.first, self.end), time.perf_counter()
+        left, self.since = range(self.first, self.end), (trimmed := time.perf_counter())
         self.bar = progress(left, text, len(left), " steps", self.rank == 0)
         with stopping() as self.asked:
             for step in self.bar:
                 yield step
+                if time.perf_counter() - trimmed > 10:
+                    give_back()
+                    trimmed = time.perf_counter()
                 stop = self.stop or (self.world == 1 and sum(self.asked))
                 if (stop or self.due(step, self.config.save_every)) and self.rank == 0:
                     self.check()

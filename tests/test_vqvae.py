@@ -217,7 +217,7 @@ def test_a_tokenizer_that_is_not_made_of_numbers_is_refused(tmp_path, weight):
     tokenizer = VQVAE(codes=16)
     tokenizer.state_dict()[weight].view(-1)[3] = float("nan")
     vqvae.save_tokenizer(tokenizer, tmp_path / "t.pt")
-    with pytest.raises(UserError, match="t.pt holds weights that are no numbers"):
+    with pytest.raises(UserError, match="t.pt holds numbers in .* that are none"):
         vqvae.load_tokenizer(tmp_path / "t.pt")
 
 
@@ -253,4 +253,4 @@ def test_check_reads_all_tokens_of_a_store(tmp_path, place):
     assert done.returncode == 2 and len(done.stderr.splitlines()) == 1
     assert "tokens-00000.bin is damaged: 2.mp4 has other tokens" in done.stderr
     done = call(vqvae, "check")
-    assert done.returncode == 2 and "vqvae.py check STORE" in done.stderr
+    assert done.returncode == 2 and "say what to do" in done.stderr
