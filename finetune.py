@@ -56,7 +56,7 @@ class Config(runs.RunSettings):
     tokenizer: str = option("", "tokenizer of --predict's videos (default: the one that the checkpoint knows)")
     from_scratch: bool = option(False, "take only the sizes from the checkpoint and start from random weights")
     data: str = option("datasets/toy/tokens", "folder with the token stores, of another dataset tokens/DATASET")
-    split: int = option(0, "1, 2 or 3 of UCF101 and HMDB51 (0: the stores are called train and test)")
+    split: int = option(0, "1, 2 or 3 of UCF101 and HMDB51 (0: the stores are called train and test)", least=0, most=3)
     labels: str = option("motion", "label set to learn (the toy has motion, appearance and direction)")
     few: int = option(0, "train on so many videos, of each class its share (0: on all)", least=0)
     out: str = option("", "folder of the run, named after labels or dataset, and -scratch where it is")
@@ -64,25 +64,21 @@ class Config(runs.RunSettings):
     eval_split: str = option("test", "which store to measure on: val to choose, test to report")
     # the clips
     frames: int = option(0, "frames of a clip, T (0: as many as the checkpoint's; else its positions are interpolated)",
-                         least=0)
-    fps: float = option(2.67, "frames a second of a clip, taken from those stored")
-    clips: int = option(10, "evenly spaced clips a video at test", least=1)
+                         least=0, most=1000)
+    fps: float = option(2.67, "frames a second of a clip, taken from those stored", above=0, most=1000)
+    clips: int = option(10, "evenly spaced clips a video at test", least=1, most=1000)
     # training (Table 4)
     epochs: float = option(24.0, "passes over the training videos", least=0)
-    scratch_epochs: float = option(4.0, "how many times these with --from-scratch", least=0)
+    scratch_epochs: float = option(4.0, "how many times these with --from-scratch", above=0)
     batch: int = option(16, "videos a step, over all processes", least=1)
-    lr: float | None = option(None, "peak learning rate (of the paper's datasets: 1e-4, for large 5e-5)")
-    weight_decay: float = option(0.01, "weight decay")
-    workers: int = option(0, "processes that load clips (0: the training process itself)")
+    lr: float | None = option(None, "peak learning rate (of the paper's datasets: 1e-4, for large 5e-5)", above=0)
+    weight_decay: float = option(0.01, "weight decay", least=0)
+    workers: int = option(0, "processes that load clips (0: the training process itself)", least=0, most=512)
     log_every: int = option(25, "steps between two lines of metrics", least=1)
 
     def __post_init__(self):
         if self.from_scratch and self.eval_only:
             raise UserError("--from-scratch --eval-only: there is nothing to test without training")
-        if not 0 <= self.split <= 3:
-            raise UserError(f"--split {self.split}: UCF101 and HMDB51 have 1, 2 and 3")
-        if self.fps <= 0:
-            raise UserError(f"--fps must be positive, not {self.fps}")
         if self.lr is None and self.dataset == "toy":  # the best on its validation split, pre-trained
             self.lr = 1e-3
         self.data = self.data or f"tokens/{self.dataset}"
@@ -123,7 +119,7 @@ def pick_labels(stores, wanted):
     """The label set to use: the one asked for, or the only one there is. -> name, number of classes, their names."""
     first = next(iter(stores.values()))
     sets = first.label_sets()
-    name = sets[0] if len(sets) == 1 else wanted
+    name = sets[0] if len(sets) == 1 and wanted == "label" else wanted
     largest = max(int(store.labels(name).max()) for store in stores.values())
     names = (first.header["classes"] or {}).get(name) or [str(i) for i in range(largest + 1)]
     if any(int(store.labels(name).min()) < 0 for store in stores.values()):

@@ -169,7 +169,7 @@ def picture(seed=0):
 @dataclass
 class Config:
     out: str = option("datasets/toy", "where to write")
-    seed: int = option(0, "random seed: another one gives other videos")
+    seed: int = option(0, "random seed: another one gives other videos", least=0, most=2**31)
 
 
 def main():

@@ -231,15 +231,15 @@ def make_tokenizer(videos, path, fps, size, frames, **training):
 class TrainConfig:
     videos: str = option("", "folder of videos to train on")
     out: str = option("vqvae.pt", "where to save the tokenizer")
-    codes: int = option(1024, "size of the codebook")
-    frame_size: int = option(128, "frame side in pixels, of which a token covers 8 x 8", multiple=8)
-    fps: float = option(2.0, "frames a second to read")
-    frames: int = option(20000, "how many frames to train on, spread over the videos")
-    steps: int = option(3000, "training steps")
-    batch: int = option(64, "frames a step")
-    lr: float = option(2e-3, "peak learning rate")
-    seed: int = option(0, "random seed")
-    device: str = option("auto", "auto, cuda, mps or cpu")
+    codes: int = option(1024, "size of the codebook", least=2, most=65536)
+    frame_size: int = option(128, "frame side in pixels, of which a token covers 8 x 8", multiple=8, most=2048)
+    fps: float = option(2.0, "frames a second to read", above=0, most=1000)
+    frames: int = option(20000, "how many frames to train on, spread over the videos", least=20)
+    steps: int = option(3000, "training steps", least=1)
+    batch: int = option(64, "frames a step", least=1)
+    lr: float = option(2e-3, "peak learning rate", above=0)
+    seed: int = option(0, "random seed", least=0, most=2**31)
+    device: str = option("auto", "where to compute", choices=["auto", "cuda", "mps", "cpu"])
 
 
 @dataclass
@@ -251,11 +251,11 @@ class TokenizeConfig:
     views: str = option("pretrain", "which views of each video", choices=["pretrain", "train", "test"])
     tokenizer: str = option("vqvae.pt", "file of the tokenizer")
     out: str = option("tokens", "folder of the token store")
-    frame_size: int = option(128, "frame side in pixels, of which a token covers 8 x 8", multiple=8)
-    fps: float = option(0.0, "frames a second to keep (0: 2 for the view pretrain, 16 for train and test)")
-    workers: int = option(0, "ffmpeg processes (0: one a core)")
+    frame_size: int = option(128, "frame side in pixels, of which a token covers 8 x 8", multiple=8, most=2048)
+    fps: float = option(0.0, "frames a second to keep (0: 2 for the view pretrain, else 16)", least=0, most=1000)
+    workers: int = option(0, "ffmpeg processes (0: one a core)", least=0, most=512)
     batch: int = option(256, "frames a batch of the tokenizer (of more than 128 x 128 pixels: fewer)", least=1)
-    device: str = option("auto", "auto, cuda, mps or cpu")
+    device: str = option("auto", "where to compute", choices=["auto", "cuda", "mps", "cpu"])
 
     def __post_init__(self):
         self.fps = self.fps or (2.0 if self.views == "pretrain" else 16.0)

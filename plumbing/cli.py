@@ -1,6 +1,7 @@
 """A configuration dataclass -> flags with help, ranges, errors of one line; and progress bars."""
 import argparse
 import math
+import operator
 import signal
 import sys
 from dataclasses import MISSING, field, fields
@@ -33,22 +34,27 @@ def run(main):
         sys.exit(128 + number)
 
 
-def option(default, help, choices=None, least=None, multiple=None):
-    """A field of a configuration dataclass that becomes a flag with a line of help. least: its smallest value.
-    multiple: what it is a multiple of."""
-    return field(default=default, metadata={"help": help, "choices": choices, "least": least, "multiple": multiple})
+def option(default, help, choices=None, **limits):
+    """A field of a configuration dataclass that becomes a flag with a line of help. limits: least and most, its
+    smallest and largest value; above, which it is larger than; multiple, what it is a multiple of."""
+    return field(default=default, metadata={"help": help, "choices": choices, "limits": limits})
 
 
 def check_ranges(config):
     """Raises UserError, naming the flag, for a field that is out of its range."""
     for f in fields(config):
-        value, least, multiple = getattr(config, f.name), f.metadata["least"], f.metadata["multiple"]
-        if isinstance(value, float) and not math.isfinite(value):
+        value, limits = getattr(config, f.name), f.metadata["limits"]
+        if value is None or isinstance(value, (str, tuple, list)):
+            continue
+        if not math.isfinite(value):
             raise UserError(f"{flag(f)} must be a number, not {value}")
-        if None not in (least, value) and value < least:
-            raise UserError(f"{flag(f)} must be at least {least}, not {value}")
-        if multiple is not None and (value < multiple or value % multiple):
+        multiple = limits.get("multiple", 1)
+        if "multiple" in limits and (value < multiple or value % multiple):
             raise UserError(f"{flag(f)} must be a multiple of {multiple}, not {value}")
+        for kind, wrong, words in (("least", operator.lt, "at least"), ("above", operator.le, "above"),
+                                   ("most", operator.gt, "at most")):
+            if kind in limits and wrong(value, limits[kind]):
+                raise UserError(f"{flag(f)} must be {words} {limits[kind]}, not {value}")
 
 
 def flag(f):

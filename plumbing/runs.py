@@ -27,12 +27,12 @@ FILES = ("config.json", "metrics.jsonl", "last.pt", "previous.pt", "curves.png",
 class RunSettings:
     """The flags that pretrain.py and finetune.py share, with the same meaning and default."""
     resume: bool = option(False, "go on from the run's last checkpoint, where there is one")
-    steps: int = option(0, "optimizer steps, in place of epochs (0: as many as these need)", least=0)
-    warmup: float = option(0.1, "share of the steps in which the learning rate rises", least=0)
-    dropout: float = option(0.1, "dropout everywhere in the transformer")
-    clip: float = option(1.0, "largest gradient norm")
-    seed: int = option(0, "random seed", least=0)
-    gpus: int = option(1, "GPUs of this machine, a process each", least=1)
+    steps: int = option(0, "optimizer steps, in place of epochs (0: as many as these need)", least=0, most=10**9)
+    warmup: float = option(0.1, "share of the steps in which the learning rate rises", least=0, most=1)
+    dropout: float = option(0.1, "dropout everywhere in the transformer", least=0, most=0.99)
+    clip: float = option(1.0, "largest gradient norm", above=0)
+    seed: int = option(0, "random seed", least=0, most=2**31)
+    gpus: int = option(1, "GPUs of this machine, a process each", least=1, most=1000)
     device: str = option("auto", "device of each process", choices=["auto", "cuda", "mps", "cpu"])
     precision: str = option("auto", "number format of the matrix products",
                             choices=["auto", "bf16", "fp16", "tf32", "fp32"])

@@ -94,6 +94,24 @@ def test_help_shows_the_values_in_force():
     assert "lr" not in shown(finetune, "--dataset", "ucf101")  # it depends on the checkpoint
 
 
+WRONG = {"pretrain": ["--steps -3", "--epochs -1", "--warmup 2", "--clip 0", "--weight-decay -1", "--lr -1", "--lr nan",
+                      "--gamma 0", "--alpha -1", "--alpha inf", "--d-max -1", "--blocks 1000000", "--projection-layers 0",
+                      "--projection-hidden 0", "--tokenizer-steps 0", "--codes 1", "--batch 0", "--fps 1e9", "--fps -1",
+                      "--workers 1000", "--workers -1", "--seed -1", "--dim 1000000", "--frame-size 8000",
+                      "--frame-size 12", "--mask-ratio 1", "--stop-after -1", "--min-stride 0"],
+         "finetune": ["--scratch-epochs 0", "--clips 0", "--split 4", "--fps 0", "--few -1", "--epochs -2"],
+         "vqvae train": ["--codes 0", "--steps 0", "--fps nan", "--lr -1", "--device tpu", "--batch 0"],
+         "vqvae tokenize": ["--workers -1", "--fps -1", "--fps 1e-400x", "--frame-size 0"]}
+
+
+@pytest.mark.parametrize("script, flag", [(script, flag) for script, flags in WRONG.items() for flag in flags])
+def test_a_value_out_of_its_range_ends_with_one_line(script, flag, tmp_path):
+    name, *command = script.split()
+    done = call(importlib.import_module(name), *command, *flag.split(), place=tmp_path)
+    assert done.returncode == 2 and len(done.stderr.splitlines()) == 1, done.stderr
+    assert flag.split()[0] in done.stderr and not list(tmp_path.iterdir())
+
+
 def test_a_script_of_several_commands_asks_for_one():
     for argv in ([], ["tokenise"], ["--codes", "5"]):
         done = call(vqvae, *argv)
