@@ -102,14 +102,23 @@ def report(config, model, store, tokenizer=None):
     for name in names:
         values = [record[name] for record in records if name in record]
         print(f"kNN on {name.removeprefix('knn_')}: {100 * values[-1]:.1f}% (untrained: {100 * values[0]:.1f}%)")
-    if tokenizer:
-        videos = shown(config, store)
+    drawn = tokenizer and draw_fill_in(config, model, store, tokenizer, len(held_out))
+    print(f"{config.out}: last.pt, metrics.jsonl, curves.png{', fill_in.png, fill_in.gif' if drawn else ''}")
+
+
+def draw_fill_in(config, model, store, tokenizer, held_out):
+    """fill_in.png and .gif -> whether they could be drawn; a video that has gone since costs a line, not the run."""
+    videos = shown(config, store)
+    try:
         with torch.compiler.set_stance("force_eager"):
             pictures = fill_in(model, tokenizer, store, videos, config.clip_fps(store),
                                torch.Generator().manual_seed(config.seed), **config.masks())
-        save_fill_in(pictures, [Path(store.name(video)).name for video in videos], Path(config.out) / "fill_in",
-                     " (videos held out of training)" if len(held_out) else "")
-    print(f"{config.out}: last.pt, metrics.jsonl, curves.png{', fill_in.png, fill_in.gif' if tokenizer else ''}")
+    except UserError as error:
+        print(f"no picture of what the model fills in: {error}")
+        return False
+    save_fill_in(pictures, [Path(store.name(video)).name for video in videos], Path(config.out) / "fill_in",
+                 " (videos held out of training)" if held_out else "")
+    return True
 
 
 def shown(config, store):

@@ -198,6 +198,7 @@ class Run:
         """
         left, self.since = range(self.first, self.end), (trimmed := time.perf_counter())
         self.bar = progress(left, text, len(left), " steps", self.rank == 0)
+        owed = False  # a checkpoint that waits for a good step
         with stopping() as self.asked:
             for step in self.bar:
                 yield step
@@ -205,9 +206,11 @@ class Run:
                     give_back()
                     trimmed = time.perf_counter()
                 stop = self.stop or (self.world == 1 and sum(self.asked))
-                if (stop or self.due(step, self.config.save_every)) and self.rank == 0:
-                    self.check()
+                last = stop or step + 1 == self.end
+                owed = (owed or last or self.due(step, self.config.save_every)) and self.rank == 0
+                if owed and self.may_save(last):
                     self.save(step)
+                    owed = False
                 if stop and step + 1 < self.end:
                     self.bar.close()
                     say(f"stopped at step {step + 1} of {self.end}: --resume goes on from {self.out / 'last.pt'}")
@@ -246,13 +249,18 @@ class Run:
         self.optimizer.skipped.zero_()
         self.sums, self.count, self.since = 0, 0, now
 
-    def check(self):
-        """Refuses to save a model that has exploded: its loss is ten times that of the first step."""
-        if self.first_loss is None:
-            return
-        loss = (self.sums[0] / self.count).item() if self.count else self.loss
-        if not loss < 10 * max(1.0, self.first_loss.item()):
-            self.give_up(f"the loss has risen from {self.first_loss.item():.3g} to {loss:.3g}")
+    def may_save(self, last):
+        """Whether the model is good: not after a step that was skipped, as the one before may have spoilt it; where it
+        is the last, not after three. One whose loss is ten times that of the first step has exploded: UserError."""
+        in_row = int(self.optimizer.in_row)
+        if last and in_row > 2:
+            self.give_up(f"the gradient was not finite in the last {in_row} steps")
+        if self.first_loss is not None:
+            good = self.count - int(self.optimizer.skipped)
+            loss = self.sums[0].item() / max(good, 1) if self.count else self.loss
+            if not loss < 10 * max(1.0, self.first_loss.item()):
+                self.give_up(f"the loss has risen from {self.first_loss.item():.3g} to {loss:.3g}")
+        return last or not in_row
 
     def give_up(self, why):
         last = self.out / "last.pt"

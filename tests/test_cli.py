@@ -94,9 +94,10 @@ def test_help_shows_the_values_in_force():
     assert "lr" not in shown(finetune, "--dataset", "ucf101")  # it depends on the checkpoint
 
 
-WRONG = {"pretrain": ["--steps -3", "--epochs -1", "--warmup 2", "--clip 0", "--weight-decay -1", "--lr -1", "--lr nan",
-                      "--gamma 0", "--alpha -1", "--alpha inf", "--d-max -1", "--blocks 1000000", "--projection-layers 0",
-                      "--projection-hidden 0", "--tokenizer-steps 0", "--codes 1", "--batch 0", "--fps 1e9", "--fps -1",
+WRONG = {"pretrain": ["--steps -3", "--epochs -1", "--warmup 2", "--clip 0", "--weight-decay -1", "--lr -1",
+                      "--lr nan", "--gamma 0", "--alpha -1", "--alpha inf", "--d-max -1", "--blocks 1000000",
+                      "--projection-layers 0", "--projection-hidden 0", "--tokenizer-steps 0", "--codes 1", "--batch 0",
+                      "--fps 1e9", "--fps -1",
                       "--workers 1000", "--workers -1", "--seed -1", "--dim 1000000", "--frame-size 8000",
                       "--frame-size 12", "--mask-ratio 1", "--stop-after -1", "--min-stride 0"],
          "finetune": ["--scratch-epochs 0", "--clips 0", "--split 4", "--fps 0", "--few -1", "--epochs -2"],

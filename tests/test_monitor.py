@@ -185,3 +185,13 @@ def test_beyond_a_videos_end_the_pictures_are_white(tmp_path, write_video):
     model = Vimpac(config.transformer(16, 8, 8), 16, 2)
     rows = monitor.fill_in(model, Painter(), store, [0], config.clip_fps(store), torch.Generator(), **config.masks())[0]
     assert (rows[:, 3:] == 255).all() and (rows[1, :3] == 7).all() and (rows[[0, 3], :3] < 255).any()
+
+
+def test_a_video_that_has_gone_costs_a_line_and_not_the_run(tmp_path, capsys):
+    store = write_store(tmp_path / "s", [(np.full((1, 8, 8, 8), 7), {})] * 2, size=64, root=str(tmp_path))
+    (tmp_path / "metrics.jsonl").write_text('{"step": 1, "mask_accuracy": 0.5, "contrastive_loss": 1.0}\n')
+    config = tiny(out=str(tmp_path))
+    monitor.report(config, Vimpac(config.transformer(16, 8, 8), 16, 2), store, Painter())
+    said = capsys.readouterr().out
+    assert "no picture of what the model fills in: " in said and "0.mp4" in said and "fill_in.png" not in said
+    assert (tmp_path / "curves.png").is_file() and said.endswith("last.pt, metrics.jsonl, curves.png\n")

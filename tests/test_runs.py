@@ -265,6 +265,16 @@ def test_a_step_whose_gradient_is_no_number_is_skipped_and_counted(tmp_path):
     assert steps == {5}
 
 
+def test_a_checkpoint_waits_for_a_good_step(tmp_path):
+    """The step before a bad one may have spoilt the weights."""
+    run, saved = start(tmp_path, steps=9, save_every=3), []
+    for step in run.each_step("test"):
+        saved.append(checkpoints.read_checkpoint(tmp_path / "last.pt")["step"] if step > 2 else 0)
+        one_step(run.model, run.optimizer, step, gradient=float("nan") if step in (4, 5, 6) else 1.0)
+        run.record(step, {"loss": torch.tensor(1.0)}, 0.1, "{loss:.1f}")
+    assert saved == [0, 0, 0, 3, 3, 3, 3, 3, 8]
+
+
 @pytest.mark.parametrize("gradient, loss, said", [
     (float("nan"), 1.0, "not finite in 11 steps in a row"), (0.0, float("inf"), "the loss is inf at step 8"),
     (0.0, 1e4, r"risen from 3 to [\d.e+]+")])
