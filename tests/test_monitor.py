@@ -188,7 +188,8 @@ def test_beyond_a_videos_end_the_pictures_are_white(tmp_path, write_video):
 
 
 def test_a_video_that_has_gone_costs_a_line_and_not_the_run(tmp_path, capsys):
-    store = write_store(tmp_path / "s", [(np.full((1, 8, 8, 8), 7), {})] * 2, size=64, root=str(tmp_path))
+    store = write_store(tmp_path / "s", [(np.full((1, 8, 8, 8), 7), {})] * 2, size=64,
+                        views=[[64, "center", False]], root=str(tmp_path))
     (tmp_path / "metrics.jsonl").write_text('{"step": 1, "mask_accuracy": 0.5, "contrastive_loss": 1.0}\n')
     config = tiny(out=str(tmp_path))
     monitor.report(config, Vimpac(config.transformer(16, 8, 8), 16, 2), store, Painter())
