@@ -26,7 +26,7 @@ def test_from_a_video_file_to_features_in_a_few_lines_of_python(workplace):
     """README's lines, as they stand there, in a folder with a toy world and a run."""
     lines, found = re.search(r"```python\n(.*?)```", README, re.DOTALL)[1], {}
     with contextlib.chdir(workplace):
-        exec(lines, found)
+        exec(lines, found)  # noqa: S102
     model, frames = found["model"], found["frames"]
     assert found["cls"].shape == (4, model.config.dim) and frames.shape == (32, 64, 64, 3)
     assert found["features"].shape == (4, 5, 8, 8, model.config.dim)
