@@ -26,6 +26,7 @@ import data
 import predict
 from plumbing import checkpoints, processes, runs
 from plumbing.cli import UserError, option, parse, progress, run
+from plumbing.files import lock
 from plumbing.fitting import fit, memory_explained, slices
 from plumbing.pictures import draw_confusion, draw_curves
 from plumbing.processes import move, rank_and_world, say, seed_all
@@ -255,12 +256,12 @@ def main():
         return predict_videos(config, device, precision)
     stores, labels, names, model, tokens = prepare(config, device)
     world = rank_and_world()[1]
-    if "train" in stores:
+    if not config.eval_only:
         videos = min(config.few or len(stores["train"]), len(stores["train"]))
         config.batch = min(config.batch, videos // world * world)
-    if config.batch % world or config.batch < 1:
-        raise UserError(f"--batch {config.batch}: it must be a multiple of the {world} processes")
-    if not config.eval_only:
+        if config.batch % world or config.batch < 1:
+            raise UserError(f"--batch {config.batch}: it must be a multiple of the {world} processes")
+        processes.by_first(lock, config.out)
         train(config, model, stores["train"], labels, device, tokens)
     store = stores[config.eval_split]
     with torch.compiler.set_stance("force_eager"), memory_explained(config):  # not worth compiling for each shape

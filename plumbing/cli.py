@@ -26,7 +26,8 @@ def run(main):
     try:
         main()
     except UserError as error:
-        print(f"{Path(sys.argv[0]).name}: {error}", file=sys.stderr)
+        line = str(error).splitlines()[-1]  # from a process that loads clips it comes behind its traceback
+        print(f"{Path(sys.argv[0]).name}: {line.removeprefix('plumbing.cli.UserError: ')}", file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt as error:
         number = error.args[0] if error.args else signal.SIGINT
