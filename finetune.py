@@ -117,10 +117,11 @@ def trained_classifier(path):
 
 
 def pick_labels(stores, wanted):
-    """The label set to use: the one asked for, or the only one there is. -> name, number of classes, their names."""
+    """The label set to use: the one asked for; where only the default is, the only one there is
+    -> name, number of classes, their names."""
     first = next(iter(stores.values()))
     sets = first.label_sets()
-    name = sets[0] if len(sets) == 1 and wanted == "label" else wanted
+    name = sets[0] if len(sets) == 1 and wanted in ("label", "motion") else wanted
     largest = max(int(store.labels(name).max()) for store in stores.values())
     names = (first.header["classes"] or {}).get(name) or [str(i) for i in range(largest + 1)]
     if any(int(store.labels(name).min()) < 0 for store in stores.values()):

@@ -133,7 +133,7 @@ def _ffmpeg(path, name, frame, most, graph, *options):
                 if taken + len(pixels) > most * frame:
                     yield pixels[:most * frame - taken], f"{name}: only its first {most} frames are taken: {LIMIT}"
                     return
-                if len(pixels) > piece:  # and not as many: some are left for the end
+                while len(pixels) > piece:  # and not as many: some are left for the end
                     yield pixels[:piece], None
                     taken += piece
                     del pixels[:piece]

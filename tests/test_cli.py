@@ -59,7 +59,7 @@ def test_what_the_user_can_mend_ends_in_one_line_and_what_he_cannot_keeps_its_tr
     with pytest.raises(SystemExit) as stop:
         cli.run(mock.Mock(side_effect=UserError("--lr -1: it is positive")))
     assert stop.value.code == 2 and capsys.readouterr().err == "pretrain.py: --lr -1: it is positive\n"
-    behind = UserError("Caught UserError in DataLoader worker process 0.\n  File ...\nplumbing.cli.UserError: a.bin ends\n")
+    behind = UserError("Caught UserError in a worker process\n  File ...\nplumbing.cli.UserError: a.bin ends\n")
     with pytest.raises(SystemExit):
         cli.run(mock.Mock(side_effect=behind))
     assert capsys.readouterr().err == "pretrain.py: a.bin ends\n"

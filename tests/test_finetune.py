@@ -58,7 +58,7 @@ def test_labels_from_scratch_and_another_split(workplace):
 @pytest.mark.parametrize("argv, said", [
     (["--labels", "smell"], "appearance, direction, motion"), (["--data", "nowhere"], "nowhere"),
     (["--checkpoint", "none.pt"], "none.pt"), (["--eval-only"], "no classifier"), (["--fps", "0"], "--fps"),
-    (["--split", "4"], "--split 4"), (["--batch", "0"], "--batch"), (["--few", "-1"], "--few"),
+    (["--batch", "0"], "--batch"), (["--few", "-1"], "--few"),
     (["--from-scratch", "--eval-only"], "nothing to test"), (["--clips", "0"], "--clips"),
     (["--checkpoint", "datasets/toy/tokenizer.pt"], "tokenizer.pt")])
 def test_what_is_refused_ends_with_one_line(workplace, argv, said):
@@ -220,3 +220,11 @@ def test_a_clip_size_other_than_the_models_is_interpolated_to(tmp_path):
     assert (shape["height"], shape["width"], shape["frames"]) == (4, 4, 10)
     before, after = (load_backbone(tmp_path / f"runs/{run}/last.pt").time for run in ("small", "finetune-motion"))
     assert torch.allclose(after, resize_table(before, 10), atol=2e-3)  # but for four small steps
+
+
+def test_the_only_labels_are_taken_unless_others_are_asked_for(tmp_path):
+    store = write_store(tmp_path / "train", [(np.zeros((1, 4, 2, 2)), {"verb": i}) for i in range(2)])
+    for default in ("label", "motion"):
+        assert finetune.pick_labels({"train": store}, default)[0] == "verb"
+    with pytest.raises(UserError, match="no labels 'verbs': it has verb"):
+        finetune.pick_labels({"train": store}, "verbs")

@@ -502,7 +502,7 @@ def test_tokens_of_another_rate_are_not_taken_for_those_asked_for(workplace):
 
 @pytest.mark.parametrize("argv, said", [
     (["--heads", "3"], "3 heads"), (["--layout", "W,H"], "T,H|W"), (["--videos", "nowhere"], "nowhere"),
-    (["--data", "nowhere"], "nowhere"), (["--mask-ratio", "15"], "between 0 and 1"), (["--batch", "0"], "--batch"),
+    (["--data", "nowhere"], "nowhere"), (["--batch", "0"], "--batch"),
     (["--resume-from", "x.pt"], "--resume-from x.pt"), (["--frame-size", "60"], "multiple of 8"),
     (["--min-stride", "3", "--max-stride", "2"], "the smaller first"), (["--init", "none.pt"], "none.pt"),
     (["--data", "a", "--videos", "b"], "one of them"), (["--epochs", "nan"], "a number"),
