@@ -16,6 +16,7 @@ import data
 import finetune
 import pretrain
 from plumbing import processes
+from plumbing.cli import UserError
 from plumbing.runs import read_metrics
 from transformer import TransformerConfig, VideoTransformer, load_backbone, resize_table
 
