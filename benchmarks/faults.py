@@ -146,6 +146,8 @@ def corruptions(chance, times):
     (lists / "ucfTrainTestlist/classInd.txt").write_text("".join(f"{i} C{i}\n" for i in range(1, 5)))
     (lists / "ucfTrainTestlist/trainlist01.txt").write_text("".join(f"C{1 + i % 4}/v_{i}.avi {1 + i % 4}\n"
                                                                     for i in range(40)))
+    for i in range(40):
+        (lists / f"UCF-101/C{1 + i % 4}/v_{i}.avi").touch()
 
     def weights():
         return {key: value.tolist() for key, value in Vimpac.load("checkpoint/last.pt").state_dict().items()}
@@ -161,7 +163,7 @@ def corruptions(chance, times):
         return all(isinstance(path, str) and 0 <= label < 4 for path, label in found)
     count("a checkpoint", "checkpoint", weights, chance, times)
     count("a token store", store, tokens, chance, times)
-    count("UCF101's lists", lists, listed, chance, times)
+    count("UCF101's lists", lists / "ucfTrainTestlist", listed, chance, times)
 
 
 def main():

@@ -152,7 +152,8 @@ class TokenStore:
         record = self.index[i]
         shard, start, frames = int(record["shard"]), int(record["start"]), int(record["frames"])
         if shard not in self._shards:
-            self._shards[shard] = np.memmap(self.path / f"tokens-{shard:05d}.bin", "<u2", "r")
+            file = self.path / f"tokens-{shard:05d}.bin"
+            self._shards[shard] = np.memmap(file, "<u2", "r", shape=file.stat().st_size // 2)  # a kill leaves odd ends
         size = frames * self.height * self.width
         start += view * size
         return self._shards[shard][start:start + size].reshape(frames, self.height, self.width)

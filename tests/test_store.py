@@ -283,3 +283,11 @@ def test_stores_of_two_tokenizers_are_told_apart(tmp_path):
         check_alike(*stores)
     del stores[2].header["fingerprint"]
     check_alike(*stores)
+
+
+def test_a_shard_with_half_a_token_at_its_end_is_read(tmp_path):
+    """What a kill leaves while the next video is written."""
+    store = write_store(tmp_path / "s", [(np.full((1, 3, 2, 2), 5), {})])
+    with open(tmp_path / "s/tokens-00000.bin", "ab") as file:
+        file.write(b"x")
+    assert (TokenStore(tmp_path / "s").tokens(0) == store.tokens(0)).all()
