@@ -287,7 +287,7 @@ def test_stores_of_two_tokenizers_are_told_apart(tmp_path):
 
 def test_a_shard_with_half_a_token_at_its_end_is_read(tmp_path):
     """What a kill leaves while the next video is written."""
-    store = write_store(tmp_path / "s", [(np.full((1, 3, 2, 2), 5), {})])
+    store = TokenStore(write_store(tmp_path / "s", some_videos(2)))
     with open(tmp_path / "s/tokens-00000.bin", "ab") as file:
         file.write(b"x")
-    assert (TokenStore(tmp_path / "s").tokens(0) == store.tokens(0)).all()
+    assert (TokenStore(tmp_path / "s").tokens(1) == store.tokens(1)).all()
