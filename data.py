@@ -28,8 +28,8 @@ def views_for(kind, size, dataset=None):
     """The views that are cut from each video, as (shorter side, crop, flip): see decoding.read_views.
 
     pretrain: the centre. train: 2 resizes (S and, as released, 1.25 S; the paper says 1.5 S) x 3 crops x 2 flips, 12 in
-    all. test: 3 crops. Something-Something tells left
-    from right, so it is never flipped, and is tested on the centre alone.
+    all. test: 3 crops. Something-Something tells left from right, so it is never flipped, and is tested on the centre
+    alone.
     """
     crops, flips = ("top-left", "center", "bottom-right"), (False,) if dataset == "ssv2" else (False, True)
     if kind == "pretrain" or (kind == "test" and dataset == "ssv2"):

@@ -83,7 +83,7 @@ class Config(runs.RunSettings):
         if self.lr is None and self.dataset == "toy":  # the best on its validation split, pre-trained
             self.lr = 1e-3
         self.data = self.data or f"tokens/{self.dataset}"
-        name = self.labels if self.dataset == "toy" else f"{self.dataset}{self.split or ''}"
+        name = self.labels if self.dataset == "toy" else self.dataset + f"-split{self.split}" * (self.split > 0)
         usual = f"runs/finetune-{name}{'-scratch' * self.from_scratch}"
         self.checkpoint = self.checkpoint or (f"{usual}/last.pt" if self.predict else "runs/toy/last.pt")
         self.out = self.out or (str(Path(self.checkpoint).parent) if self.predict else usual)

@@ -30,23 +30,23 @@ def origin(store, tokenizer="", **more):
     return known | ({"tokenizer": os.path.abspath(tokenizer)} if tokenizer else {}) | more
 
 
-def read_origin(config, backbone):
+def read_origin(config, backbone, fps):
     """Finds the tokenizer of config.checkpoint -> it, `origin`'s dict, the settings that the model was trained with.
 
-    Taken from the flags where the checkpoint, such as a released one, does not say them. Raises UserError where the
+    fps: frames a second, where the checkpoint, such as a released one, does not say. Raises UserError where the
     tokenizer is not found, or is not the one of the training.
     """
     checkpoint, shape = read_checkpoint(config.checkpoint), backbone.config
     size = 8 * shape.height
-    made = {"tokenizer": "", "fps": config.fps, "size": size, "views": [[size, "center", False]],
+    made = {"tokenizer": "", "fps": fps, "size": size, "views": [[size, "center", False]],
             **checkpoint.get("tokens", {})}
     named = Path(config.tokenizer or made["tokenizer"])
     places = [named] if config.tokenizer else [named, Path(config.checkpoint).parent / named.name]
     found = next((place for place in places if place.is_file()), None)
     if found is None:
-        wanted = f"of its tokenizer {named}, or beside it" if named.name else "of its tokenizer"
+        wanted = f"its tokenizer {named} is neither there nor beside it" if named.name else "it names no tokenizer"
         raise UserError(f"{named}: there is no such file" if config.tokenizer else
-                        f"{config.checkpoint}: where the checkpoint says nothing {wanted} is found: give --tokenizer")
+                        f"{config.checkpoint}: {wanted}: give --tokenizer")
     tokenizer = load_tokenizer(found).to(backbone.cls.device)
     own = fingerprint(tokenizer)
     if own != made.get("fingerprint", own) or tokenizer.vocab_size != shape.vocab_size:
@@ -78,7 +78,7 @@ def each_video(paths, tokenizer, made, views):
 
 def fill_in(config, model):
     """The pictures of pretrain.py --fill-in, beside the checkpoint. config: pretrain.Config. model: Vimpac."""
-    tokenizer, made, trained = read_origin(config, model.backbone)
+    tokenizer, made, trained = read_origin(config, model.backbone, 2.0)  # the released models' rate
     stride = max(1, round((trained.get("min_stride", 1) + trained.get("max_stride", 1)) / 2))
     for path, (tokens,) in each_video(config.fill_in, tokenizer, made, [(made["size"], "center", False)]):
         clip = monitor.middle_clip(tokens, model.backbone.config, stride)
@@ -97,7 +97,7 @@ def classify(config, model, precision):
     config: finetune.Config. model: Classifier. A video's probabilities are the mean over clips and views, as at test.
     """
     shape, model = model.backbone.config, model.eval()
-    tokenizer, made, trained = read_origin(config, model.backbone)
+    tokenizer, made, trained = read_origin(config, model.backbone, config.fps)
     fps, count = trained.get("fps", config.fps), trained.get("clips", config.clips)
     stride = max(1, round(made["fps"] / fps))
     names = made.get("classes") or [f"class {i}" for i in range(model.classifier.out_features)]
@@ -109,11 +109,12 @@ def classify(config, model, precision):
         p = 100 * logits.float().softmax(dim=-1).unflatten(0, (len(tokens), count)).mean(dim=0).cpu()  # (clips, C)
         chance, best = p.mean(dim=0).topk(min(5, len(names)))
         said = ", ".join(f"{names[i]} {percent:.1f}%" for i, percent in zip(best.tolist(), chance.tolist()))
-        print(f"{printed(path)}: {said}")
+        place = Path(config.out) / f"predict-{path.stem}.png"
+        print(f"{printed(path)}: {said} ({printed(place)})")
         view, length = next((i for i, v in enumerate(made["views"]) if v[1] == "center"), 0), tokens.shape[1]
         shown, starts = data.spread(8, length), data.even_starts(length, shape.frames, stride, count)
         frames = data.spread_frames(stream_views(path, made["fps"], made["size"], [made["views"][view]]), 8)
         middles = (starts + (min(length, (shape.frames - 1) * stride + 1) - 1) / 2) / made["fps"]  # seconds
         draw_prediction(frames, tokens[view][shown], shown / made["fps"],
                         {names[i]: list(zip(middles, p[:, i].tolist())) for i in best.tolist()},
-                        Path(config.out) / f"predict-{path.stem}.png", f"{printed(path.name)}: {said.split(',')[0]}")
+                        place, f"{printed(path.name)}: {said.split(',')[0]}")

@@ -27,6 +27,8 @@ def prepare(config, device):
             raise UserError(f"--data {config.data} holds frames of {size} pixels: give --frame-size {size}")
         if place:
             check_tokenizer(place, store)
+        else:
+            say("no pictures of what the model fills in: they need the store's --tokenizer")
         check_labelled(store, labelled)
         by_first(lock, config.out)
     else:
@@ -91,6 +93,5 @@ def undrawable(config, path, store):
     """Why what the model fills in cannot be drawn -> str, or None where it can."""
     if vqvae.load_tokenizer(path).decoder is None:
         return f"there is no decoder.pkl beside {path}"
-    root = Path(store.header["root"])
-    missing = [root / store.name(i) for i in monitor.shown(config, store) if not (root / store.name(i)).is_file()]
+    missing = [path for path in map(store.video_path, monitor.shown(config, store)) if not path.is_file()]
     return f"{missing[0]} is not there" if missing else None

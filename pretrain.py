@@ -1,10 +1,10 @@
 """Script 1: masks + contrast -> a pre-trained model (Eq. 6: L_mask + alpha * gamma * L_cl).
 
     python pretrain.py                                 the toy world, anything missing made first
-    python pretrain.py --videos DIR                    a folder of any videos
+    python pretrain.py --videos DIR --out runs/mine    a folder of any videos
     python pretrain.py --preset small --data tokens/howto100m --gpus 8        the paper's models
     torchrun --nnodes 2 --nproc-per-node 8 ... pretrain.py ...                several machines
-    python pretrain.py --fill-in VIDEO ... --checkpoint runs/toy/last.pt      what a model fills in in any videos
+    python pretrain.py --fill-in VIDEO ... --checkpoint runs/toy/last.pt      what a model fills in, in any videos
 
 A run lives in runs/NAME: config.json, last.pt, metrics.jsonl, curves.png, fill_in.png and .gif, TensorBoard events.
 
@@ -47,7 +47,7 @@ BETAS = (0.9, 0.98)  # of Adam, Table 4
 @dataclass
 class Config(runs.RunSettings):
     preset: str = option("toy", "sizes and training numbers to start from", choices=list(PRESETS))
-    out: str = option("runs/toy", "folder of the run")
+    out: str = option("", "folder of the run, named after the preset")
     videos: str = option("", "folder of videos to pre-train on (default: the toy world)")
     toy_videos: int = option(2000, "videos of the toy world; another number makes one of its own", least=40, most=10**6)
     data: str = option("", "token store to pre-train on, made by vqvae.py tokenize")
@@ -97,9 +97,9 @@ class Config(runs.RunSettings):
     knn_every: int = option(250, "steps between two measurements of it, and of the held-out videos", least=1)
 
     def __post_init__(self):
-        if not 1 <= self.min_stride <= self.max_stride:
-            raise UserError(f"--min-stride {self.min_stride} --max-stride {self.max_stride}: "
-                            f"both at least 1, the smaller first")
+        self.out = self.out or f"runs/{self.preset}"
+        if self.min_stride > self.max_stride:
+            raise UserError(f"--min-stride {self.min_stride} --max-stride {self.max_stride}: the smaller first")
         for flag, path in (("--init", self.init), ("--resume-from", self.resume_from)):
             if path and not Path(path).is_file():
                 raise UserError(f"{flag} {path}: there is no such file")
@@ -279,7 +279,7 @@ def train(config, model, store, device, monitor_folder, tokenizer_path=None):
 
     def watch(step):
         with torch.compiler.set_stance("force_eager"):  # not worth a compilation for each of its shapes
-            found = monitor.evaluate(losses, model, config, store, held_out, training.precision)
+            found = monitor.evaluate(losses, model, config, store, held_out, precision)
             if monitor_folder and rank == 0:
                 found |= monitor.knn_accuracies(model.backbone, monitor_folder, config.clip_fps(store), config.knn,
                                                 min(64, 4 * config.micro_batch))
@@ -292,7 +292,7 @@ def train(config, model, store, device, monitor_folder, tokenizer_path=None):
             watch(0)
         for step in training.each_step("pre-training"):
             found, lr = update(training.wrapped, config, next(loader), store.header["vocab_size"], training.optimizer,
-                               training.precision, step)
+                               precision, step)
             training.record(step, found, lr, "mask {mask_accuracy:.1%} contrast {contrastive_loss:.3f}")
             if training.due(step, config.knn_every):
                 watch(step + 1)

@@ -211,11 +211,11 @@ def make_tokenizer(videos, path, fps, size, frames, **training):
     draws it, beside its file -> what to say of it, what could not be read [str]."""
     frames, errors = data.sample_frames(videos, fps, size, frames)
     held_out, frames = frames[::20], frames[np.arange(len(frames)) % 20 > 0]
+    picture = Path(path).with_suffix(".png")
 
     def look(tokenizer, when):
         draw_tokenizer(tokenizer, held_out[data.spread(8, len(held_out))], picture, f"the tokenizer at {when}")
         say(f"{picture}: what the tokenizer leaves of some frames, at {when}")
-    picture = Path(path).with_suffix(".png")
     tokenizer = train_tokenizer(frames, **training, look=look)
     save_tokenizer(tokenizer, path)
     look(tokenizer, "its end")

@@ -11,7 +11,7 @@ Then: how many clips/s the loader delivers from a store of 100,000 videos, how m
 Models: "plain" is per-sequence attention, logits everywhere, float32, nothing fused; "ours" is what pretrain.py runs;
 "- idea" is ours with one idea taken back: token logits only where masked (logits), one query, key and value of CLS for
 all sequences of a block (CLS once), GELU computed again in the backward pass (GELU), dropout of 16 random bits a number
-on CPUs (dropout), fused AdamW (AdamW), GLIBC_TUNABLES as in the README (malloc), the attention kernel of the device
+on CPUs (dropout), fused AdamW (AdamW), GLIBC_TUNABLES of docs/scaling.md (malloc), the attention kernel of the device
 (kernel: the other one instead). On GPUs "fp32" multiplies in full float32, "tf32" on their tensor cores.
 
 A row: videos/s and ms a step (the median step), peak memory (of the GPU, or of the whole process), and model FLOP

@@ -6,8 +6,8 @@ from pathlib import Path
 import torch
 
 from plumbing.cli import UserError
+from plumbing.files import whole
 from plumbing.processes import from_all, restarted, say
-from plumbing.store import whole
 
 CHANGING = {"out", "resume", "resume_from", "init", "checkpoint", "fill_in", "predict", "gpus", "device", "precision",
             "workers", "compile", "recompute", "micro_batch", "save_every", "log_every", "knn_every", "tokenizer"}

@@ -41,10 +41,10 @@ def option(default, help, choices=None, **limits):
     return field(default=default, metadata={"help": help, "choices": choices, "limits": limits})
 
 
-def check_ranges(config):
-    """Raises UserError, naming the flag, for a field that is out of its range."""
-    for f in fields(config):
-        value, limits = getattr(config, f.name), f.metadata["limits"]
+def check_ranges(config_class, values):
+    """Raises UserError, naming the flag, for a value out of its field's range."""
+    for f in fields(config_class):
+        value, limits = values[f.name], f.metadata["limits"]
         if value is None or isinstance(value, (str, tuple, list)):
             continue
         if not math.isfinite(value):
@@ -104,9 +104,8 @@ def parse(config_class, argv, description, presets=None, chosen_by="preset", pro
     parser.set_defaults(**chosen)
     args = parser.parse_args(argv)
     try:
-        config = config_class(**vars(args))
-        check_ranges(config)
-        return config
+        check_ranges(config_class, vars(args))
+        return config_class(**vars(args))
     except UserError as error:
         parser.error(error)
 

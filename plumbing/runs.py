@@ -15,9 +15,9 @@ from torch.nn.parallel import DistributedDataParallel
 
 from plumbing.checkpoints import save_checkpoint, start
 from plumbing.cli import UserError, option, progress
+from plumbing.files import read_lines, write_text
 from plumbing.fitting import give_back
 from plumbing.processes import leave_group, pick_precision, rank_and_world, say, stopping, sum_over_all
-from plumbing.store import read_lines, write_text
 
 FILES = ("config.json", "metrics.jsonl", "last.pt", "previous.pt", "curves.png", "fill_in.png", "fill_in.gif",
          "confusion.png", "events.out.tfevents.*")  # of a run, in its folder
@@ -191,7 +191,8 @@ class Run:
         os.replace(self.out / "next.pt", last)
 
     def each_step(self, text):
-        """The steps that are left, with a bar; at the end of every save_every, and of the last, a checkpoint.
+        """The steps that are left, with a bar. Every save_every steps, and after the last, a checkpoint, which waits
+        for a step whose gradient was finite.
 
         A signal to stop (Ctrl-C, SIGTERM) lets the step end, saves, and exits with the code that shells give it; a
         second one exits at once. Several processes stop at the same step: the next that writes a line of metrics.
@@ -250,8 +251,9 @@ class Run:
         self.sums, self.count, self.since = 0, 0, now
 
     def may_save(self, last):
-        """Whether the model is good: not after a step that was skipped, as the one before may have spoilt it; where it
-        is the last, not after three. One whose loss is ten times that of the first step has exploded: UserError."""
+        """Whether the model is good: not after a step that was skipped, as the one before may have spoilt it; at the
+        end one or two such steps are borne. One whose loss is ten times that of the first step has exploded: UserError.
+        """
         in_row = int(self.optimizer.in_row)
         if last and in_row > 2:
             self.give_up(f"the gradient was not finite in the last {in_row} steps")
