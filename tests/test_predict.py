@@ -106,7 +106,7 @@ def test_the_tokenizer_is_the_checkpoints_own_or_refused(tuned, tmp_path):
     lost = call(finetune, *ask)
     assert lost.returncode == 2 and "/elsewhere/tokenizer.pt" in lost.stderr and "--tokenizer" in lost.stderr
     shutil.copy(tuned / "datasets/toy/tokenizer.pt", tmp_path)
-    assert call(finetune, *ask).stdout == before
+    assert likeliest(call(finetune, *ask).stdout) == likeliest(before)
     vqvae.save_tokenizer(vqvae.VQVAE(256), tmp_path / "other.pt")
     other = call(finetune, *ask, "--tokenizer", tmp_path / "other.pt")
     assert other.returncode == 2 and "is not the tokenizer of" in other.stderr
