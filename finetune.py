@@ -113,7 +113,7 @@ def trained_classifier(path):
     name = "classifier" if "classifier.weight" in state else "cls_fc"
     if f"{name}.weight" not in state:
         raise UserError(f"{path} holds no classifier: fine-tune it first, without --eval-only or --predict")
-    return {kind: state[f"{name}.{kind}"] for kind in ("weight", "bias")}
+    return {kind: state[f"{name}.{kind}"] for kind in ("weight", "bias") if f"{name}.{kind}" in state}
 
 
 def pick_labels(stores, wanted):
@@ -232,7 +232,7 @@ def prepare(config, device):
         if len(trained["weight"]) != classes:
             raise UserError(f"{config.checkpoint} tells {len(trained['weight'])} classes apart, "
                             f"the labels have {classes}")
-        model.classifier.load_state_dict(trained)
+        checkpoints.load_weights(model.classifier, trained, config.checkpoint)
     if config.lr is None:
         config.lr = 5e-5 if backbone.config.dim >= 1024 else 1e-4
     tokens = predict.origin(stores[config.eval_split], known.get("tokenizer", ""), labels=labels, classes=names)
@@ -243,8 +243,7 @@ def predict_videos(config, device, precision):
     """The whole of --predict."""
     trained = trained_classifier(config.checkpoint)
     model = Classifier(load_backbone(config.checkpoint), len(trained["weight"]))
-    model.classifier.load_state_dict(trained)
-    Path(config.out).mkdir(parents=True, exist_ok=True)
+    checkpoints.load_weights(model.classifier, trained, config.checkpoint)
     predict.classify(config, model.to(device), precision)
 
 

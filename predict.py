@@ -19,6 +19,7 @@ from plumbing import processes
 from plumbing.checkpoints import read_checkpoint
 from plumbing.cli import UserError
 from plumbing.decoding import VideoError, printed, read_frames, stream_views
+from plumbing.files import try_folder
 from plumbing.pictures import draw_prediction, save_fill_in
 from plumbing.tokenizing import encode_all, fingerprint
 from vqvae import load_tokenizer
@@ -40,6 +41,7 @@ def read_origin(config, backbone, fps):
     size = 8 * shape.height
     made = {"tokenizer": "", "fps": fps, "size": size, "views": [[size, "center", False]],
             **checkpoint.get("tokens", {})}
+    check_origin(made, shape, config.checkpoint)
     named = Path(config.tokenizer or made["tokenizer"])
     places = [named] if config.tokenizer else [named, Path(config.checkpoint).parent / named.name]
     found = next((place for place in places if place.is_file()), None)
@@ -53,6 +55,27 @@ def read_origin(config, backbone, fps):
         raise UserError(f"{found} ({tokenizer.vocab_size} codes, {own}) is not the tokenizer of {config.checkpoint} "
                         f"({shape.vocab_size} codes, {made.get('fingerprint', 'fingerprint unknown')})")
     return tokenizer, made, checkpoint.get("config", {})
+
+
+def check_origin(made, shape, path):
+    """Raises UserError where a checkpoint's `origin` cannot be that of its model, a TransformerConfig."""
+    views, classes, size = made["views"], made.get("classes", []), made["size"]
+    right = {"fps": isinstance(made["fps"], (int, float)) and 0.001 <= made["fps"] <= 1000,
+             "size": size == 8 * shape.height == 8 * shape.width,
+             "tokenizer": isinstance(made["tokenizer"], str) and len(made["tokenizer"]) < 4096,
+             "views": isinstance(views, list) and 0 < len(views) < 100 and all(
+                 isinstance(v, (list, tuple)) and [type(part) for part in v] == [int, str, bool] for v in views),
+             "classes": isinstance(classes, list) and all(isinstance(name, str) for name in classes)}
+    if wrong := [name for name in right if not right[name]]:
+        raise UserError(f"{path} is damaged: it says that the {wrong[0]} of its tokens is {str(made[wrong[0]])[:80]!r}")
+
+
+def place(folder, kind, path, taken):
+    """Where a video's picture goes, without ending -> Path; each file's another, whatever their names."""
+    stem = f"{kind}-{path.stem[:60]}"
+    taken.append(stem)
+    again = f"-{taken.count(stem)}" if taken.count(stem) > 1 else ""
+    return Path(folder) / f"{stem}{again}"
 
 
 def each_video(paths, tokenizer, made, views):
@@ -80,14 +103,16 @@ def fill_in(config, model):
     """The pictures of pretrain.py --fill-in, beside the checkpoint. config: pretrain.Config. model: Vimpac."""
     tokenizer, made, trained = read_origin(config, model.backbone, 2.0)  # the released models' rate
     stride = max(1, round((trained.get("min_stride", 1) + trained.get("max_stride", 1)) / 2))
+    folder, taken = Path(config.checkpoint).parent, []
+    try_folder(folder)
     for path, (tokens,) in each_video(config.fill_in, tokenizer, made, [(made["size"], "center", False)]):
         clip = monitor.middle_clip(tokens, model.backbone.config, stride)
         frames = monitor.middle_frames(read_frames(path, made["fps"], made["size"]), len(clip), stride)
         picture = monitor.fill_in_clip(model, tokenizer, clip, frames, torch.Generator().manual_seed(config.seed),
                                        **config.masks())
-        place = Path(config.checkpoint).with_name(f"fill_in-{path.stem}")
-        save_fill_in(picture[None], [printed(path.name)], place)
-        print(f"{printed(path)}: {printed(place)}.png, {printed(place.name)}.gif")
+        picture_file = place(folder, "fill_in", path, taken)
+        save_fill_in(picture[None], [printed(path.name)], picture_file)
+        print(f"{printed(path)}: {printed(picture_file)}.png, {printed(picture_file.name)}.gif")
 
 
 @torch.no_grad()
@@ -100,7 +125,10 @@ def classify(config, model, precision):
     tokenizer, made, trained = read_origin(config, model.backbone, config.fps)
     fps, count = trained.get("fps", config.fps), trained.get("clips", config.clips)
     stride = max(1, round(made["fps"] / fps))
-    names = made.get("classes") or [f"class {i}" for i in range(model.classifier.out_features)]
+    names, taken = made.get("classes") or [f"class {i}" for i in range(model.classifier.out_features)], []
+    if len(names) != model.classifier.out_features:
+        raise UserError(f"{config.checkpoint} names {len(names)} classes, of {model.classifier.out_features}")
+    try_folder(config.out)
     for path, tokens in each_video(config.predict, tokenizer, made, made["views"]):
         clips = torch.from_numpy(np.concatenate(
             [data.even_clips(view, shape.frames, stride, count, shape.vocab_size) for view in tokens]))
@@ -109,12 +137,12 @@ def classify(config, model, precision):
         p = 100 * logits.float().softmax(dim=-1).unflatten(0, (len(tokens), count)).mean(dim=0).cpu()  # (clips, C)
         chance, best = p.mean(dim=0).topk(min(5, len(names)))
         said = ", ".join(f"{names[i]} {percent:.1f}%" for i, percent in zip(best.tolist(), chance.tolist()))
-        place = Path(config.out) / f"predict-{path.stem}.png"
-        print(f"{printed(path)}: {said} ({printed(place)})")
+        picture_file = f"{place(config.out, 'predict', path, taken)}.png"
+        print(f"{printed(path)}: {said} ({printed(picture_file)})")
         view, length = next((i for i, v in enumerate(made["views"]) if v[1] == "center"), 0), tokens.shape[1]
         shown, starts = data.spread(8, length), data.even_starts(length, shape.frames, stride, count)
         frames = data.spread_frames(stream_views(path, made["fps"], made["size"], [made["views"][view]]), 8)
         middles = (starts + (min(length, (shape.frames - 1) * stride + 1) - 1) / 2) / made["fps"]  # seconds
         draw_prediction(frames, tokens[view][shown], shown / made["fps"],
                         {names[i]: list(zip(middles, p[:, i].tolist())) for i in best.tolist()},
-                        place, f"{printed(path.name)}: {said.split(',')[0]}")
+                        picture_file, f"{printed(path.name)}: {said.split(',')[0]}")

@@ -176,8 +176,8 @@ class Vimpac(nn.Module):
         config = checkpoint.get("config", {})
         if "projection_hidden" not in config:
             raise UserError(f"{path} is of fine-tuning: it has no token head any more")
-        model = cls(TransformerConfig(**checkpoint["transformer"]), config["projection_hidden"],
-                    config["projection_layers"])
+        model = cls(checkpoints.rebuilt(TransformerConfig, checkpoint["transformer"], path),
+                    config["projection_hidden"], config["projection_layers"])
         checkpoints.load_weights(model, checkpoint["model"], path)
         return model
 
@@ -307,6 +307,8 @@ def main():
     processes.pick_precision(config.precision, device)  # refused before anything is made
     if config.fill_in:
         return predict.fill_in(config, Vimpac.load(config.checkpoint).to(device))
+    for path in filter(None, (config.init, config.resume_from)):
+        checkpoints.read_checkpoint(path)  # refused before anything is made
     store, tokenizer_path, monitor_folder = prepare(config, device)
     videos = len(data.hold_out(len(store), config.held_out)[0])
     share_out(config, videos, rank_and_world()[1])

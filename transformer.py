@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from plumbing import released
-from plumbing.checkpoints import load_weights, read_checkpoint
+from plumbing.checkpoints import load_weights, read_checkpoint, rebuilt
 from plumbing.cli import UserError
 from plumbing.kernels import again_in_backward, attention, dropout, gelu_linear
 from plumbing.tokens import PAD, SPECIAL
@@ -264,7 +264,7 @@ def load_backbone(path, **changes):
     if "transformer" not in checkpoint:
         with released.reading(path):
             return VideoTransformer.from_released(checkpoint, **changes)
-    model = VideoTransformer(TransformerConfig(**{**checkpoint["transformer"], **changes}))
+    model = VideoTransformer(rebuilt(TransformerConfig, {**checkpoint["transformer"], **changes}, path))
     load_weights(model, {key.removeprefix("backbone."): value for key, value in checkpoint["model"].items()
                          if key.startswith("backbone.")}, path)
     return model

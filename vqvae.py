@@ -20,7 +20,7 @@ from torch import nn
 import data
 from dalle import DalleVAE
 from plumbing.annotations import DATASETS, class_names, frame_spans, list_videos
-from plumbing.checkpoints import load_weights, read_checkpoint, save_checkpoint
+from plumbing.checkpoints import load_weights, read_checkpoint, rebuilt, save_checkpoint
 from plumbing.cli import UserError, option, parse_command, progress, run
 from plumbing.files import try_folder
 from plumbing.pictures import draw_tokenizer
@@ -172,7 +172,7 @@ def load_tokenizer(path):
     content = read_checkpoint(path)
     if not {"vqvae", "model"} <= content.keys():
         raise UserError(f"{path} holds no tokenizer (python vqvae.py train makes one)")
-    tokenizer = VQVAE(**content["vqvae"])
+    tokenizer = rebuilt(VQVAE, content["vqvae"], path)
     load_weights(tokenizer, content["model"], path)
     return tokenizer.eval()
 

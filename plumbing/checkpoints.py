@@ -25,6 +25,8 @@ def read_checkpoint(path):
 
     Raises UserError, naming the file, for one that is damaged or holds anything but named tensors and plain values.
     """
+    if Path(path).exists() and not Path(path).is_file():
+        raise UserError(f"{path} is no regular file")
     try:
         if zipfile.is_zipfile(path) and (damaged := zipfile.ZipFile(path).testzip()):  # torch compares no checksums
             raise zipfile.BadZipFile(damaged)
@@ -37,6 +39,9 @@ def read_checkpoint(path):
         raise UserError(f"{path} holds a {type(content).__name__}, not a dictionary of named tensors")
     if "transformer" in content and not all(isinstance(content.get(key), dict) for key in ("model", "transformer")):
         raise UserError(f"{path} is no checkpoint of this project: its model or transformer is missing")
+    state = content["model"] if isinstance(content.get("model"), dict) else {}
+    if not all(isinstance(key, str) and torch.is_tensor(value) for key, value in state.items()):
+        raise UserError(f"{path} is no checkpoint of this project: its model holds other things than named tensors")
     if not all(isinstance(content.get(key, {}), dict) for key in ("config", "tokens")):
         raise UserError(f"{path} is no checkpoint of this project: its config or tokens are no settings")
     if isinstance(content.get("model"), dict):
@@ -47,6 +52,14 @@ def read_checkpoint(path):
 def without_module(state):
     prefixed = len(state) > 0 and all(key.startswith("module.") for key in state)
     return {key.removeprefix("module."): value for key, value in state.items()} if prefixed else state
+
+
+def rebuilt(kind, settings, path):
+    """What a checkpoint's settings describe, such as a TransformerConfig. UserError, naming the file, for others."""
+    try:
+        return kind(**settings)
+    except (TypeError, ValueError) as error:
+        raise UserError(f"{path} is damaged, or of another version: {str(error).splitlines()[0]}") from error
 
 
 def load_weights(model, weights, path):
@@ -142,12 +155,12 @@ def start(config, model, optimizer, resize=None, init=None, resume_from=""):
 def last_checkpoint(out, resume):
     """The checkpoint in `out` that a run goes on from, because it is asked to or restarted by torchrun, or None.
 
-    That is last.pt, or previous.pt where a kill left that alone. What an earlier run left there is none of a run that
-    torchrun restarts before its own first checkpoint: as long as there is none, its settings lie in config.new.json.
+    That is last.pt, or next.pt or previous.pt where a kill left that alone. What an earlier run left there is none of a
+    run that torchrun restarts before its own first checkpoint: until then its settings lie in config.new.json.
     """
     if not (resume or restarted()) or (not resume and (Path(out) / "config.new.json").is_file()):
         return None
-    found = [path for path in (Path(out) / "last.pt", Path(out) / "previous.pt") if path.is_file()]
+    found = [path for name in ("last.pt", "next.pt", "previous.pt") if (path := Path(out) / name).is_file()]
     if not found:
         say(f"there is no {Path(out) / 'last.pt'} to go on from: starting anew")
     return found[0] if found else None

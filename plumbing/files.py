@@ -26,6 +26,8 @@ def writing(path):
         yield
     except (OSError, RuntimeError) as error:
         cause = error
+        if isinstance(error.__context__, KeyboardInterrupt):  # torch.save has it end in an error of its own
+            raise error.__context__ from None
         while cause and not isinstance(cause, OSError):
             cause = cause.__context__  # torch.save speaks of an "unexpected pos" while it handles the disk's error
         full = isinstance(cause, OSError) and (cause.errno in (errno.ENOSPC, errno.EDQUOT) or (
@@ -60,9 +62,13 @@ def write_text(path, text):
 
 
 def read_lines(path):
-    """The records of a .jsonl file, but for a last line that a kill cut short; [] where there is no file -> [dict]."""
-    lines = Path(path).read_text().splitlines(keepends=True) if Path(path).is_file() else []
-    return [json.loads(line) for line in lines if line.endswith("\n")]
+    """The records of a .jsonl file, but for lines that are damaged or cut short; [] where there is no file -> [dict]."""
+    lines = Path(path).read_text(errors="replace").splitlines(keepends=True) if Path(path).is_file() else []
+    records = []
+    for line in lines:
+        with contextlib.suppress(ValueError):  # damaged: the others are good
+            records.append(json.loads(line) if line.endswith("\n") else None)
+    return [record for record in records if isinstance(record, dict)]
 
 
 def try_folder(folder):

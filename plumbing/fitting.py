@@ -1,7 +1,6 @@
 """How much of a batch a device takes at a time: micro-batches, and how large they can be, tried rather than guessed."""
 import contextlib
 import ctypes
-import json
 import os
 import re
 from pathlib import Path
@@ -60,7 +59,8 @@ def fit(config, model, most, device, attempt):
     """
     before = Path(config.out) / "config.json"
     if not config.micro_batch and (restarted() or config.resume) and before.is_file():
-        config.micro_batch = json.loads(before.read_text()).get("micro_batch", 0)
+        found = re.search(r'"micro_batch": (\d{1,9}),', before.read_text(errors="replace"))  # whatever else it holds
+        config.micro_batch = int(found[1]) if found else 0
     if config.micro_batch:
         config.micro_batch = min(config.micro_batch, most)
         return ""

@@ -1,12 +1,17 @@
 """What people would rather look at: curves, grids of frames, confusion matrices. Legible to the colour-blind."""
+import warnings
 from pathlib import Path
 
 import imageio.v2 as imageio
+import matplotlib
 import numpy as np
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
 from plumbing.runs import read_metrics
+
+matplotlib.rcParams["text.parse_math"] = False  # file names may hold a $
+warnings.filterwarnings("ignore", "Glyph .* missing")  # and letters that the font has not
 
 # Okabe and Ito's colours, which the colour-blind tell apart, and a style of line for each
 LINES = (("#0072B2", "-"), ("#D55E00", "--"), ("#009E73", "-."), ("#CC79A7", ":"), ("#56B4E9", (0, (5, 1, 1, 1, 1, 1))))
@@ -31,6 +36,8 @@ def draw_curves(out, panels):
                       if (points := [(record["step"], record[key]) for record in records if key in record])}
               for title, lines in panels.items()}
     panels = {title: lines for title, lines in panels.items() if lines}
+    if not panels:
+        return
     figure = Figure(figsize=(4 * len(panels), 3.2), layout="constrained")
     for axis, (title, lines) in zip(figure.subplots(1, len(panels), squeeze=False)[0], panels.items()):
         name, _, unit = title.partition(", ")

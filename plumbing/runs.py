@@ -20,7 +20,7 @@ from plumbing.fitting import give_back
 from plumbing.processes import leave_group, pick_precision, rank_and_world, say, stopping, sum_over_all
 
 FILES = ("config.json", "metrics.jsonl", "last.pt", "previous.pt", "curves.png", "fill_in.png", "fill_in.gif",
-         "confusion.png", "events.out.tfevents.*")  # of a run, in its folder
+         "confusion.png", "fill_in-*.*", "predict-*.png", "events.out.tfevents.*")  # of a run, in its folder
 
 
 @dataclass
@@ -143,7 +143,7 @@ class Run:
         self.optimizer = Optimizer(model, config, self.steps, betas, self.precision)
         self.end = min(self.steps, max(1, int(stop_after * videos) // config.batch)) if stop_after else self.steps
         self.first, goes_on = start(config, model, self.optimizer, **beginning)
-        if self.first >= self.end and not goes_on:
+        if self.first > self.end or (self.first == self.end and not goes_on):
             raise UserError(f"nothing is left to train: the checkpoint is of step {self.first} of {self.end}")
         self.sums, self.count, self.stop, self.board, self.first_loss = 0, 0, 0, None, None
         if self.rank == 0:
@@ -179,6 +179,15 @@ class Run:
             os.replace(self.out / name.replace(".", ".new.", 1), self.out / name)
         self.bar.write(f"what an earlier run left in {self.out} is now in {place}")
 
+    def withdraw(self):
+        """Ends a run that is stopped before its first checkpoint, where that would take an earlier run's place."""
+        for path in self.out.glob("*.new.json*"):
+            path.unlink()
+        self.bar.close()
+        say(f"stopped before the first checkpoint: the earlier run in {self.out} is as it was")
+        leave_group()
+        sys.exit(self.stop or sum(self.asked))
+
     def save(self, step):
         """last.pt, and what it was before as previous.pt."""
         last = self.out / "last.pt"
@@ -207,6 +216,8 @@ class Run:
                     give_back()
                     trimmed = time.perf_counter()
                 stop = self.stop or (self.world == 1 and sum(self.asked))
+                if stop and self.rank == 0 and self.earlier:
+                    self.withdraw()
                 last = stop or step + 1 == self.end
                 owed = (owed or last or self.due(step, self.config.save_every)) and self.rank == 0
                 if owed and self.may_save(last):
@@ -281,4 +292,4 @@ class Run:
 
 def read_metrics(out):
     """The lines of a run's metrics.jsonl, a last one cut short left out -> [dict]."""
-    return read_lines(Path(out) / "metrics.jsonl")
+    return [line for line in read_lines(Path(out) / "metrics.jsonl") if isinstance(line.get("step"), int)]

@@ -139,3 +139,30 @@ def test_a_released_checkpoint_with_the_papers_tokenizer(released, tuned):  # no
     assert done.returncode == 0, done.stderr
     assert len(re.findall(r"class \d \d+\.\d%", done.stdout)) == 5
     assert (folder / "predict-00001.png").is_file()
+
+
+@pytest.mark.parametrize("changes, said", [
+    ({"fps": "x"}, "fps"), ({"fps": float("nan")}, "fps"), ({"views": []}, "views"), ({"views": [[64]]}, "views"),
+    ({"size": 13}, "size"), ({"tokenizer": 3}, "tokenizer"), ({"classes": 5}, "classes"),
+    ({"classes": ["a"]}, "1 classes"), ({"transformer": {"layers": "x"}}, "another version"),
+    ({"transformer": {"foo": 1}}, "another version"),
+    ({"model": {"classifier.weight": "x"}}, "named tensors"), ({"model": {"classifier.bias": torch.ones(3)}}, "bias")])
+def test_nonsense_in_a_checkpoint_ends_with_one_line(tuned, tmp_path, changes, said):
+    checkpoint = checkpoints.read_checkpoint(tuned / "runs/tuned/last.pt")
+    for key, change in changes.items():
+        place = checkpoint[key] if key in ("transformer", "model") else checkpoint["tokens"]
+        place.update(change if key in ("transformer", "model") else {key: change})
+    torch.save(checkpoint, tmp_path / "last.pt")
+    done = call(finetune, "--predict", tuned / VIDEO.format(1), "--checkpoint", tmp_path / "last.pt", "--device", "cpu")
+    assert done.returncode == 2 and len(done.stderr.splitlines()) == 1 and said in done.stderr, done.stderr
+
+
+def test_odd_names_get_pictures_of_their_own(tuned, tmp_path):
+    names = ["a/same.mp4", "b/same.mp4", "q$^$q %s.mp4", "n" * 240 + ".mp4", "\u65e5\u672c.mp4"]
+    for name in names:
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        shutil.copy(tuned / VIDEO.format(1), tmp_path / name)
+    done = call(finetune, "--predict", *[tmp_path / name for name in names], "--checkpoint",
+                tuned / "runs/tuned/last.pt", "--out", tmp_path / "pictures", "--device", "cpu")
+    assert done.returncode == 0 and not done.stderr, done.stderr
+    assert len(list((tmp_path / "pictures").iterdir())) == len(names)

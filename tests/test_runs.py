@@ -306,6 +306,34 @@ def test_a_signal_ends_a_run_after_its_step_with_a_checkpoint(tmp_path, capsys, 
     assert signal.getsignal(number) == handler and start(tmp_path, resume=True).first == 3
 
 
+def test_a_run_stopped_before_its_first_checkpoint_leaves_an_earlier_one_as_it_was(tmp_path, capsys):
+    list(start(tmp_path).each_step("test"))
+    before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
+    with pytest.raises(SystemExit) as stopped:
+        for _ in start(tmp_path, save_every=5, seed=1).each_step("test"):
+            os.kill(os.getpid(), signal.SIGINT)
+    assert stopped.value.code == 130 and "is as it was" in capsys.readouterr().out
+    assert {path.name: path.read_bytes() for path in tmp_path.iterdir() if path.name in before} == before
+    assert not list(tmp_path.glob("*.new.*")) and not list(tmp_path.glob("earlier-*"))
+
+
+def test_a_checkpoint_that_a_kill_left_under_its_first_name_is_found(tmp_path):
+    list(start(tmp_path).each_step("test"))
+    (tmp_path / "last.pt").rename(tmp_path / "next.pt")
+    assert start(tmp_path, resume=True).first == 6
+
+
+def test_more_steps_than_are_asked_for_are_not_taken_for_a_result(tmp_path):
+    list(start(tmp_path).each_step("test"))
+    with pytest.raises(UserError, match="nothing is left to train: the checkpoint is of step 6 of 5"):
+        start(tmp_path, resume=True, steps=5)
+
+
+def test_damaged_metrics_do_not_keep_a_run_from_going_on(tmp_path):
+    (tmp_path / "metrics.jsonl").write_bytes(b'{"step": 1, "loss": 1}\n{"ste\n[3]\n{"loss": 2}\n\xff\n{"step": 2}\n')
+    assert [record["step"] for record in runs.read_metrics(tmp_path)] == [1, 2]
+
+
 def test_weights_that_are_no_numbers_and_prefixes(tmp_path):
     model, optimizer = Model(), runs.Optimizer(Model(), Settings(), 10, (0.9, 0.98))
     state = {f"module.{name}": value for name, value in model.state_dict().items()}
