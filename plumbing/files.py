@@ -62,7 +62,7 @@ def write_text(path, text):
 
 
 def read_lines(path):
-    """The records of a .jsonl file, but for lines that are damaged or cut short; [] where there is no file -> [dict]."""
+    """The records of a .jsonl file, but for damaged lines and one cut short; [] where there is no file -> [dict]."""
     lines = Path(path).read_text(errors="replace").splitlines(keepends=True) if Path(path).is_file() else []
     records = []
     for line in lines:
