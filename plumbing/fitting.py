@@ -59,7 +59,7 @@ def fit(config, model, most, device, attempt):
     """
     before = Path(config.out) / "config.json"
     if not config.micro_batch and (restarted() or config.resume) and before.is_file():
-        found = re.search(r'"micro_batch": (\d{1,9}),', before.read_text(errors="replace"))  # whatever else it holds
+        found = re.search(r'"micro_batch": (\d{1,9})\b', before.read_text(errors="replace"))  # whatever else it holds
         config.micro_batch = int(found[1]) if found else 0
     if config.micro_batch:
         config.micro_batch = min(config.micro_batch, most)
