@@ -235,7 +235,11 @@ def prepare(config, device):
         checkpoints.load_weights(model.classifier, trained, config.checkpoint)
     if config.lr is None:
         config.lr = 5e-5 if backbone.config.dim >= 1024 else 1e-4
-    tokens = predict.origin(stores[config.eval_split], known.get("tokenizer", ""), labels=labels, classes=names)
+    first, last = stores[splits[0]], stores[config.eval_split]
+    same_root = first is not last and first.header["root"] == last.header["root"]
+    if same_root and (both := len(first.names() & last.names())):
+        say(f"{both} of the {len(last)} videos to test on are trained on, too")
+    tokens = predict.origin(last, known.get("tokenizer", ""), labels=labels, classes=names)
     return stores, labels, names, model.to(device), tokens
 
 

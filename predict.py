@@ -70,6 +70,14 @@ def check_origin(made, shape, path):
         raise UserError(f"{path} is damaged: it says that the {wrong[0]} of its tokens is {str(made[wrong[0]])[:80]!r}")
 
 
+def numeric(config, trained, name, otherwise):
+    """A number of the settings that a checkpoint was trained with. Raises UserError where it cannot be."""
+    value = trained.get(name, otherwise)
+    if not isinstance(value, (int, float)) or not 0.001 <= value <= 1000:
+        raise UserError(f"{config.checkpoint} is damaged: it says that it was trained with {name} {str(value)[:80]!r}")
+    return value
+
+
 def place(folder, kind, path, taken):
     """Where a video's picture goes, without ending -> Path; each file's another, whatever their names."""
     stem = f"{kind}-{path.stem[:60]}"
@@ -102,7 +110,8 @@ def each_video(paths, tokenizer, made, views):
 def fill_in(config, model):
     """The pictures of pretrain.py --fill-in, beside the checkpoint. config: pretrain.Config. model: Vimpac."""
     tokenizer, made, trained = read_origin(config, model.backbone, 2.0)  # the released models' rate
-    stride = max(1, round((trained.get("min_stride", 1) + trained.get("max_stride", 1)) / 2))
+    smallest, largest = (numeric(config, trained, name, 1) for name in ("min_stride", "max_stride"))
+    stride = max(1, round((smallest + largest) / 2))
     folder, taken = Path(config.checkpoint).parent, []
     try_folder(folder)
     for path, (tokens,) in each_video(config.fill_in, tokenizer, made, [(made["size"], "center", False)]):
@@ -123,7 +132,7 @@ def classify(config, model, precision):
     """
     shape, model = model.backbone.config, model.eval()
     tokenizer, made, trained = read_origin(config, model.backbone, config.fps)
-    fps, count = trained.get("fps", config.fps), trained.get("clips", config.clips)
+    fps, count = numeric(config, trained, "fps", config.fps), int(numeric(config, trained, "clips", config.clips))
     stride = max(1, round(made["fps"] / fps))
     names, taken = made.get("classes") or [f"class {i}" for i in range(model.classifier.out_features)], []
     if len(names) != model.classifier.out_features:

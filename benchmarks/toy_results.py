@@ -8,7 +8,8 @@ stopped and started again. Delete an entry to run it anew.
 
 Fine-tuning takes 600 steps on 400 labelled videos, 150 on fewer. From scratch it takes four times as many: the paper
 gives 1.5 to 4 times the epochs (Table 4). Learning rate and warm-up from scratch are chosen on the validation split,
-with seed 0 on motion: with 100 labels for all fewer, then with 400 again, at that warm-up, from 7e-4 to 2e-3. All other figures come from the test split.
+with seed 0 on motion: with 100 labels for all fewer, then with 400 again, at that warm-up, from 7e-4 to 2e-3. All
+other figures come from the test split.
 """
 import argparse
 import concurrent.futures

@@ -140,6 +140,10 @@ class TokenStore:
             file.seek(start)
             return os.fsdecode(file.read(length))
 
+    def names(self):
+        """The names of all videos, as bytes -> {bytes}."""
+        return set((self.path / "names.txt").read_bytes().split(b"\n")) - {b""}
+
     def video_path(self, i):
         """Where the video lies -> Path. Raises UserError for a name that leaves the folder of the videos."""
         name = Path(self.name(i))

@@ -1,3 +1,5 @@
+import shutil
+
 import numpy as np
 import pytest
 import torch
@@ -229,3 +231,11 @@ def test_the_only_labels_are_taken_unless_others_are_asked_for(tmp_path):
         assert finetune.pick_labels({"train": store}, default)[0] == "verb"
     with pytest.raises(UserError, match="no labels 'verbs': it has verb"):
         finetune.pick_labels({"train": store}, "verbs")
+
+
+def test_videos_that_are_both_trained_and_tested_on_are_said(workplace, tmp_path):
+    shutil.copytree(workplace / "datasets/toy/tokens/test", tmp_path / "tokens/test")
+    shutil.copytree(workplace / "datasets/toy/tokens/test", tmp_path / "tokens/train")
+    done = call(finetune, *flags({**FAST, "data": tmp_path / "tokens", "out": tmp_path / "run"}), place=workplace)
+    assert done.returncode == 0 and "6 of the 6 videos to test on are trained on, too" in done.stdout, done.stderr
+    assert "trained on, too" not in call(finetune, *flags({**FAST, "out": tmp_path / "other"}), place=workplace).stdout

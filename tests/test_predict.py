@@ -144,14 +144,15 @@ def test_a_released_checkpoint_with_the_papers_tokenizer(released, tuned):  # no
 @pytest.mark.parametrize("changes, said", [
     ({"fps": "x"}, "fps"), ({"fps": float("nan")}, "fps"), ({"views": []}, "views"), ({"views": [[64]]}, "views"),
     ({"size": 13}, "size"), ({"tokenizer": 3}, "tokenizer"), ({"classes": 5}, "classes"),
+    ({"config": {"fps": "x"}}, "trained with fps"), ({"config": {"clips": 10**7}}, "trained with clips"),
     ({"classes": ["a"]}, "1 classes"), ({"transformer": {"layers": "x"}}, "another version"),
     ({"transformer": {"foo": 1}}, "another version"),
     ({"model": {"classifier.weight": "x"}}, "named tensors"), ({"model": {"classifier.bias": torch.ones(3)}}, "bias")])
 def test_nonsense_in_a_checkpoint_ends_with_one_line(tuned, tmp_path, changes, said):
     checkpoint = checkpoints.read_checkpoint(tuned / "runs/tuned/last.pt")
     for key, change in changes.items():
-        place = checkpoint[key] if key in ("transformer", "model") else checkpoint["tokens"]
-        place.update(change if key in ("transformer", "model") else {key: change})
+        place = checkpoint.get(key, checkpoint["tokens"])
+        place.update(change if key in checkpoint else {key: change})
     torch.save(checkpoint, tmp_path / "last.pt")
     done = call(finetune, "--predict", tuned / VIDEO.format(1), "--checkpoint", tmp_path / "last.pt", "--device", "cpu")
     assert done.returncode == 2 and len(done.stderr.splitlines()) == 1 and said in done.stderr, done.stderr
