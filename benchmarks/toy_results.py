@@ -28,8 +28,9 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
 from plumbing.cli import progress
+from plumbing.files import write_text
 from plumbing.runs import read_metrics
-from plumbing.store import TokenStore, write_text
+from plumbing.store import TokenStore
 
 SEEDS, TASKS, FEW = (0, 1, 2), ("motion", "appearance"), (25, 50, 100)
 RESULTS = ROOT / "benchmarks/toy_results.json"

@@ -138,9 +138,8 @@ class Run:
     def __init__(self, config, model, videos, epochs, betas, device, tokens, stop_after=0.0, **beginning):
         self.config, self.model, self.videos, self.tokens, self.out = config, model, videos, tokens, Path(config.out)
         self.rank, self.world = rank_and_world()
-        self.precision = pick_precision(config.precision, device)
         self.steps = config.steps or max(1, int(epochs * videos) // config.batch)
-        self.optimizer = Optimizer(model, config, self.steps, betas, self.precision)
+        self.optimizer = Optimizer(model, config, self.steps, betas, pick_precision(config.precision, device))
         self.end = min(self.steps, max(1, int(stop_after * videos) // config.batch)) if stop_after else self.steps
         self.first, goes_on = start(config, model, self.optimizer, **beginning)
         if self.first > self.end or (self.first == self.end and not goes_on):

@@ -15,7 +15,6 @@ from pathlib import Path
 import numpy as np
 
 from plumbing.cli import UserError
-from plumbing.files import read_lines, whole, write_text  # noqa: F401 (reached as store.whole)
 from plumbing.tokens import PAD
 
 FORMAT = 1  # of the token store
