@@ -72,7 +72,7 @@ class ProjectionHead(nn.Module):
 # ---------------------------------------------------------------- groups that do not fit into one pass
 
 
-def cached_gradients(backbone, head, parts, gamma, weight, gradients, seeds, cast):
+def cached_gradients(backbone, head, parts, gamma, weight, gradients, seeds, cast, **seen):
     """What weight * the contrastive loss asks of each part of a group that is too large for one pass
     -> gamma * L_cl / parts, for each part [gradients by the part's CLS and by the head's weights] for `with_gradients`.
 
@@ -91,13 +91,14 @@ def cached_gradients(backbone, head, parts, gamma, weight, gradients, seeds, cas
     DistributedDataParallel takes undoes it. (Gradient caching: Gao et al. 2021, arXiv 2101.06983.)
 
     parts: [masking.Batch]. gradients: (loss, [tensor]) -> [its gradient by each]. seeds: [a function that seeds the
-    part's dropout]. cast: () -> the context of the number format.
+    part's dropout]. cast: () -> the context of the number format. seen: of masking.Batch.seen.
     """
     found = []
     for part, seed in zip(parts, seeds):
         seed()
         with torch.no_grad(), cast():
-            found.append(backbone(move(part.inputs, backbone.cls.device), part.has_pad())[0])  # (2m, d)
+            cls = backbone(move(part.seen(**seen), backbone.cls.device), part.has_pad())[0]
+            found.append(cls[-len(part.tokens):])  # (2m, d)
     cls = join(found).requires_grad_()  # (2n, d)
     with cast():
         loss = contrastive_loss(head, cls, len(cls) // 2, gamma)

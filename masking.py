@@ -140,6 +140,13 @@ class Batch(NamedTuple):
     def has_pad(self):
         return bool(self.padded.any())
 
+    def seen(self, contrast_on="masked", mask_weight=1.0):
+        """What the backbone is given: the inputs, or where contrastive learning is on whole clips, these after them, or
+        alone where nothing is to be predicted -> int64 (B or 2B, T, H, W)."""
+        if contrast_on == "masked":
+            return self.inputs
+        return torch.cat([self.inputs, self.tokens]) if mask_weight else self.tokens
+
     def part(self, videos, per_video=2):
         """Some of the n videos, a slice -> Batch."""
         return Batch(*(x.unflatten(0, (per_video, -1))[:, videos].flatten(0, 1) for x in self))
@@ -183,16 +190,16 @@ def token_weight(batch, device):
     return rank_and_world()[1] / total.clamp(min=1)
 
 
-def mask_loss(model, part, weight):
-    """Eq. 1 on some clips of a batch -> their share of L_mask, their share of the accuracy, CLS (B, d).
+def mask_loss(model, part, weight, **seen):
+    """Eq. 1 on some clips of a batch -> their share of L_mask, their share of the accuracy, CLS (B, d) to tell apart.
 
-    model: (inputs, places, whether any is PAD) -> logits (M, V + 5) at these places, CLS (B, d). part: Batch.
+    model: (inputs, places, whether any is PAD) -> logits (M, V + 5) at these places, CLS. part: Batch. seen: of it.
     """
     hidden = part.mask.flatten().nonzero().squeeze(1)  # (M,)
     codes = move(part.tokens.flatten()[hidden], weight.device)  # (M,)
-    logits, cls = model(move(part.inputs, weight.device), move(hidden, weight.device), part.has_pad())
+    logits, cls = model(move(part.seen(**seen), weight.device), move(hidden, weight.device), part.has_pad())
     loss = weight * F.cross_entropy(logits.float(), codes, reduction="sum")
-    return loss, weight * (logits.argmax(dim=-1) == codes).sum(), cls
+    return loss, weight * (logits.argmax(dim=-1) == codes).sum(), cls[-len(part.tokens):]
 
 
 PAPER_TABLE_2 = {  # (T, S): expected ratio in percent for 4, 5, 6, 7 and 8 cuboids, and the number in bold

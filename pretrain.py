@@ -82,7 +82,10 @@ class Config(runs.RunSettings):
     mask_ratio: float = option(0.15, "share of the tokens to hide", above=0, most=0.99)
     blocks: int = option(0, "cuboids of a block mask (0: what comes closest to the ratio)", least=0, most=1000)
     noise: bool = option(False, "80% MASK, 10% random codes, 10% left, drawn per cuboid (Sec. G.3), or i.i.d. token")
-    alpha: float = option(1.0, "weight of the contrastive loss", least=0)
+    mask_weight: float = option(1.0, "weight of the mask loss (0: contrastive learning alone)", least=0)
+    alpha: float = option(1.0, "weight of the contrastive loss (0: mask-then-predict alone)", least=0)
+    contrast_on: str = option("masked", "clips that are told apart: those of the mask task, or whole ones (Table 12)",
+                              choices=["masked", "whole"])
     gamma: float = option(0.2, "temperature of the contrastive loss", above=0)
     # training
     epochs: float = option(10.0, "passes over the videos, over which the learning rate rises and falls", least=0)
@@ -107,6 +110,8 @@ class Config(runs.RunSettings):
                 raise UserError(f"{flag} {path}: give the new run a folder of its own with --out")
         if (self.videos and self.data) or (self.init and self.resume_from):
             raise UserError("--videos and --data, --init and --resume-from: give one of them")
+        if not (self.mask_weight or self.alpha):
+            raise UserError("--mask-weight 0 --alpha 0: there is nothing to learn")
         self.checkpoint = self.checkpoint or f"{self.out}/last.pt"
         self.transformer(vocab_size=1, height=1, width=1)
 
@@ -117,6 +122,10 @@ class Config(runs.RunSettings):
     def masks(self):
         """What to hide, for masking.prepare."""
         return dict(kind=self.mask, ratio=self.mask_ratio, blocks=self.blocks, noise=self.noise)
+
+    def seen(self):
+        """What the backbone is given, for masking.Batch.seen."""
+        return dict(contrast_on=self.contrast_on, mask_weight=self.mask_weight) if self.alpha else {}
 
     def own_group(self, world):
         """How many videos of a group, told apart from each other, each process has."""
@@ -184,7 +193,7 @@ class Vimpac(nn.Module):
 
 def measures(config, mask, accuracy, contrast):
     """Eq. 6 and its parts -> {name: scalar}. contrastive_loss is gamma * L_cl, as in the paper's tables."""
-    return {"loss": mask + config.alpha * contrast, "mask_loss": mask, "mask_accuracy": accuracy,
+    return {"loss": config.mask_weight * mask + config.alpha * contrast, "mask_loss": mask, "mask_accuracy": accuracy,
             "contrastive_loss": contrast}
 
 
@@ -196,7 +205,7 @@ def losses(model, config, clips, vocab_size, generator, precision):
     weight = masking.token_weight(batch, device)
     with processes.autocast(device, precision):
         for videos in slices(0, len(clips), config.micro_batch):
-            found.append(masking.mask_loss(model, batch.part(videos), weight))
+            found.append(masking.mask_loss(model, batch.part(videos), weight, **config.seen()))
         mask, accuracy, cls = zip(*found)
         contrast = contrastive_loss(head, join(cls), len(clips), config.gamma) if config.alpha else 0 * weight
     return measures(config, sum(mask), sum(accuracy), contrast)
@@ -220,18 +229,18 @@ def update(model, config, clips, vocab_size, optimizer, precision, step):
         parts = [batch.part(videos) for videos in places]
         seeds = [partial(seed_all, config.seed, step, rank, videos.start) for videos in places]
         cached = len(parts) > 1 and cached_gradients(own.backbone, head, parts, config.gamma, config.alpha * share,
-                                                     optimizer.gradients, seeds, cast)
+                                                     optimizer.gradients, seeds, cast, **config.seen())
         for i, (videos, part, seed) in enumerate(zip(places, parts, seeds)):
             seed()  # dropout
             with processes.exchanging(model, videos.stop == len(clips)):
                 with cast():
-                    mask, accuracy, cls = masking.mask_loss(model, part, weight)
+                    mask, accuracy, cls = masking.mask_loss(model, part, weight, **config.seen())
                     if cached:
-                        contrast, loss = cached[0], mask + with_gradients([cls, *head.parameters()], cached[1][i])
+                        contrast, loss = cached[0], with_gradients([cls, *head.parameters()], cached[1][i])
                     else:
                         contrast = contrastive_loss(head, cls, group, config.gamma) if config.alpha else 0 * weight
-                        loss = mask + config.alpha * share * contrast
-                optimizer.backward(loss)
+                        loss = config.alpha * share * contrast
+                optimizer.backward(config.mask_weight * mask + loss)
             found.append((mask.detach(), accuracy, share * contrast.detach()))
     return measures(config, *(sum(values) for values in zip(*found))), optimizer.step(step)
 
@@ -255,7 +264,7 @@ def try_out(model, config, precision, videos):
     tokens = torch.zeros(2 * videos, shape.frames, shape.height, shape.width, dtype=torch.long)
     part = masking.Batch(tokens, tokens, torch.rand(tokens.shape) < 2 * config.mask_ratio, torch.ones(len(tokens)) > 0)
     with torch.compiler.set_stance("force_eager"), processes.autocast(device, precision):
-        loss, _, cls = masking.mask_loss(model, part, torch.ones((), device=device))
+        loss, _, cls = masking.mask_loss(model, part, torch.ones((), device=device), **config.seen())
     (loss + cls.sum()).backward()
 
 
@@ -264,6 +273,7 @@ def train(config, model, store, device, monitor_folder, tokenizer_path=None):
     videos, held_out = data.hold_out(len(store), config.held_out)
     rank, world = rank_and_world()
     model.projection_head.requires_grad_(config.alpha != 0)
+    model.token_head.requires_grad_(config.mask_weight != 0)
     model.backbone.recompute = config.recompute
     model.train()
     precision = processes.pick_precision(config.precision, device)

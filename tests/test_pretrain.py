@@ -271,10 +271,13 @@ def test_both_losses_fall():
     assert found[-1]["contrastive_loss"] < 0.5 * found[0]["contrastive_loss"]
 
 
-def test_the_loss_is_equation_6_on_masked_tokens_alone(monkeypatch):
-    config = tiny(alpha=0.5, gamma=0.3)
+@pytest.mark.parametrize("contrast_on", ["masked", "whole"])
+@pytest.mark.parametrize("mask_weight", [1.0, 0.7, 0.0])
+def test_the_loss_is_equation_6_on_masked_tokens_alone(monkeypatch, mask_weight, contrast_on):
+    """Its weights, and which clips are told apart, among them: those of the mask task, or whole ones (Table 12)."""
+    config = tiny(alpha=0.5, gamma=0.3, mask_weight=mask_weight, contrast_on=contrast_on)
     processes.seed_all(0)
-    model = Vimpac(config.transformer(16, 4, 4), 16, 2)
+    model = large(Vimpac(config.transformer(16, 4, 4), 16, 2))
     clips = torch.randint(16, (3, 2, 5, 4, 4))
     clips[0, 0, -1] = 17  # PAD
     generator = torch.Generator().manual_seed(1)
@@ -282,12 +285,15 @@ def test_the_loss_is_equation_6_on_masked_tokens_alone(monkeypatch):
     found = pretrain.losses(model, config, clips, 16, generator, torch.float32)
     assert padded.tolist() == [True] + [False] * 5 and not mask[0, -1].any() and (masked[mask] == 20).all()
     cls, features = model.backbone(masked)
+    if contrast_on == "whole":
+        cls, others = model.backbone(tokens)
+        features = features if mask_weight else others
     logits = model.token_head(features, model.backbone.embedding.weight)
     everywhere = torch.nn.functional.cross_entropy(logits.flatten(0, 3), tokens.flatten(), reduction="none")
     expected = everywhere[mask.flatten()].mean()
     first, second = model.projection_head(cls).chunk(2)
     contrast = contrastive.info_nce(first, second, 0.3)
-    loss = expected + 0.5 * 0.3 * contrast
+    loss = mask_weight * expected + 0.5 * 0.3 * contrast
     loss.backward()
     alone = {name: p.grad for name, p in model.named_parameters()}
     model.zero_grad()
@@ -306,17 +312,18 @@ def test_the_loss_is_equation_6_on_masked_tokens_alone(monkeypatch):
         assert measures["mask_accuracy"].item() == pytest.approx(right)
 
 
-def test_without_the_contrastive_loss_the_projection_head_stays_where_it_started(tmp_path):
+def test_without_a_task_its_head_stays_where_it_started(tmp_path):
     store = random_store(tmp_path / "s", 12)
-    for alpha in (0.0, 1.0):
-        config = tiny(alpha=alpha, log_every=1, out=str(tmp_path / "run"))
+    for alpha, mask_weight in ((0.0, 1.0), (1.0, 0.0), (1.0, 1.0)):
+        config = tiny(alpha=alpha, mask_weight=mask_weight, log_every=1, out=str(tmp_path / "run"))
         before = dict(build(config, store).named_parameters())
         moved = {name for name, p in train(config, store).named_parameters() if not torch.equal(p, before[name])}
-        rest = {name for name in before if not name.startswith("projection_head.")}
-        assert moved == (before.keys() if alpha else rest)
+        idle = ("projection_head.",) * (alpha == 0) + ("token_head.",) * (mask_weight == 0)
+        assert moved == {name for name in before if not name.startswith(idle)}
         for m in read_metrics(tmp_path / "run"):
             if "loss" in m:
-                assert (m["contrastive_loss"] > 0) == (m["loss"] > m["mask_loss"]) == bool(alpha)
+                assert m["loss"] == pytest.approx(mask_weight * m["mask_loss"] + m["contrastive_loss"], abs=1e-5)
+                assert (m["contrastive_loss"] > 0) == bool(alpha)
 
 
 # ---------------------------------------------------------------- what is drawn at random
@@ -332,9 +339,9 @@ def test_masks_and_dropout_draw_other_numbers_and_other_ones_each_step(monkeypat
         drawn.append(torch.rand(4, generator=generator).tolist())
         return prepare(*args, generator=generator, **kwargs)
 
-    def watched_loss(*args):
+    def watched_loss(*args, **kwargs):
         drawn.append(torch.rand(4).tolist())
-        return mask_loss(*args)
+        return mask_loss(*args, **kwargs)
     monkeypatch.setattr(masking, "prepare", watched_prepare)
     monkeypatch.setattr(masking, "mask_loss", watched_loss)
     for step in (0, 1, 1):
@@ -398,7 +405,8 @@ def test_iid_masks_hide_token_by_token_and_so_does_their_noise(workplace):
 SPLITS = {  # processes and micro-batches: what a process takes at a time of 64 videos, whole groups of 16 or parts
     (1, 1): 64, (1, 2): 32, (1, 4): 16, (1, 7): 10, (2, 1): 32, (2, 2): 16, (2, 8): 4}
 SHARED = {"groups of 16": dict(contrast=16, noise=True), "one group": dict(contrast=64),
-          "iid": dict(contrast=32, mask="iid", noise=True, alpha=0.5), "masks alone": dict(contrast=16, alpha=0.0)}
+          "iid": dict(contrast=32, mask="iid", noise=True, alpha=0.5), "masks alone": dict(contrast=16, alpha=0.0),
+          "whole clips": dict(contrast=64, contrast_on="whole")}
 
 
 def large(model):
