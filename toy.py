@@ -21,6 +21,7 @@ from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from typing import NamedTuple
 
 import imageio.v2 as imageio
 import imageio_ffmpeg
@@ -43,7 +44,16 @@ RADIUS = (10, 17)  # pixels
 SPEEDS = ((1.5, 3), (1.5, 3), (0.1, 0.2), (0.04, 0.08))  # a frame, of each motion: pixels, pixels, radians, sweeps
 
 
-def draw_video(number, seed=0):
+class World(NamedTuple):
+    """What its videos are like."""
+    light: bool = True  # goes on and off; else it is on
+    radius: tuple = RADIUS
+
+
+USUAL = World()
+
+
+def draw_video(number, seed=0, world=USUAL):
     """Renders one video -> (uint8 (F, S, S, 3), {label set: class})."""
     random = np.random.default_rng((seed, number))
     motion, sign, shape, body, end = (int(random.integers(n)) for n in (4, 2, 4, 4, 4))
@@ -53,7 +63,7 @@ def draw_video(number, seed=0):
     phase = random.uniform()  # of the radius between its bounds
     speed = random.uniform(*SPEEDS[motion])  # motion i changes the i-th of the four, and nothing else
     x, y, angle, phase = (q + (motion == i) * speed * step for i, q in enumerate((x, y, angle, phase)))  # (F,) each
-    radius = RADIUS[0] + (RADIUS[1] - RADIUS[0]) * (phase % 1)
+    radius = world.radius[0] + (world.radius[1] - world.radius[0]) * (phase % 1)
     x, y, angle, radius = (np.broadcast_to(q, FRAMES)[:, None, None] for q in (x, y, angle, radius))  # (F, 1, 1)
     pixel = np.arange(SIZE) + 0.5
     dx = (pixel[None, None, :] - x + SIZE / 2) % SIZE - SIZE / 2  # (F, 1, S), on the torus
@@ -64,7 +74,7 @@ def draw_video(number, seed=0):
     palette = np.array(list(COLOURS.values()), float)
     ink = np.where(u[..., None] > 0.15, palette[end], palette[body])  # (F, S, S, 3)
     lit = (np.arange(FRAMES) + random.integers(100)) // random.integers(4, 13) % 2  # (F,), on and off
-    background = np.array(BACKGROUNDS)[lit][:, None, None, None]  # (F, 1, 1, 1)
+    background = np.array(BACKGROUNDS)[lit * world.light][:, None, None, None]  # (F, 1, 1, 1)
     video = (background * (1 - inside) + ink * inside).round().astype(np.uint8)
     return video, {"motion": motion, "direction": 2 * motion + sign, "appearance": 4 * body + end}
 
@@ -80,10 +90,10 @@ def _distance(shape, u, v):
     return np.maximum.reduce([-u - 0.5, 0.5 * u + 0.866 * v - 0.5, 0.5 * u - 0.866 * v - 0.5])  # triangle
 
 
-def write_videos(numbers, folder, seed):
+def write_videos(numbers, folder, seed, world):
     """Renders some videos and encodes each into a file, all by one ffmpeg, as most of its time it starts
     -> their labels [{label set: class}]."""
-    videos, labels = zip(*(draw_video(number, seed) for number in numbers))
+    videos, labels = zip(*(draw_video(number, seed, world) for number in numbers))
     graph, files = f"split={len(videos)}" + "".join(f"[{i}]" for i in range(len(videos))), []
     for i, number in enumerate(numbers):
         graph += f";[{i}]trim=start_frame={i * FRAMES}:end_frame={(i + 1) * FRAMES},setpts=PTS-STARTPTS[v{i}]"
@@ -97,22 +107,23 @@ def write_videos(numbers, folder, seed):
     return labels
 
 
-def make(root, splits=None, seed=0, workers=None):
+def make(root, splits=None, seed=0, workers=None, world=USUAL):
     """Writes the world: root/videos/*.mp4, root/<label set>/<split>.txt and classes.txt, root/toy.json, root/toy.png.
 
     Whatever stands there already from a whole earlier call is left as it is. Returns root. Raises UserError where that
-    is a world of another seed or other splits, and where another program is making one there.
+    is another world, and where another program is making one there.
     """
     root, asked = Path(root), {"seed": seed, "splits": splits or SPLITS}
+    asked |= {"world": json.loads(json.dumps(world._asdict()))} if world != USUAL else {}
     record = root / "toy.json"
     if not finished(root):
         with locked(root):
             write_text(record, json.dumps(asked))
             with whole(root / "toy.png") as file:  # first: something to look at
-                imageio.imwrite(file, picture(seed), format="png")
+                imageio.imwrite(file, picture(seed, world), format="png")
             print(f"{root / 'toy.png'}: eight videos of the toy world, which is now written", flush=True)
             with writing(root / "videos"):
-                write_world(root, asked["splits"], seed, workers)
+                write_world(root, asked["splits"], seed, workers, world)
     found = json.loads(record.read_text()) if record.is_file() else asked  # older worlds do not say
     if found != asked:
         raise UserError(f"{root} was made with {found}, not {asked}: choose another folder or delete it")
@@ -124,12 +135,12 @@ def finished(root):
     return (Path(root) / list(CLASSES)[-1] / "classes.txt").is_file()
 
 
-def write_world(root, splits, seed, workers):
+def write_world(root, splits, seed, workers, world):
     (root / "videos").mkdir(exist_ok=True)
     total = sum(splits.values())
     with ProcessPoolExecutor(workers or os.cpu_count()) as pool:
         groups = [range(first, min(first + 32, total)) for first in range(0, total, 32)]
-        written = pool.map(partial(write_videos, folder=root / "videos", seed=seed), groups)
+        written = pool.map(partial(write_videos, folder=root / "videos", seed=seed, world=world), groups)
         labels = [label for group in progress(written, "toy videos", len(groups), " x 32 videos") for label in group]
     for name, classes in CLASSES.items():
         (root / name).mkdir(exist_ok=True)
@@ -154,11 +165,11 @@ def split_videos(root, split):
     return [(path, {name: lists[name][i][1] for name in CLASSES}) for i, path in enumerate(paths)]
 
 
-def picture(seed=0):
+def picture(seed=0, world=USUAL):
     """Eight videos, one of each direction, six moments each -> uint8 (rows, columns, 3)."""
     rows, number = {}, 0
     while len(rows) < len(DIRECTIONS):
-        video, labels = draw_video(number, seed)
+        video, labels = draw_video(number, seed, world)
         row = np.pad(video[:18:3], ((0, 0), (0, 4), (0, 4), (0, 0)), constant_values=255)  # (6, S + 4, S + 4, 3)
         rows.setdefault(labels["direction"], row.swapaxes(0, 1).reshape(SIZE + 4, -1, 3))
         number += 1

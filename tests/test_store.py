@@ -4,6 +4,8 @@ import os
 
 import numpy as np
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 import data
 from plumbing.cli import UserError
@@ -52,6 +54,28 @@ def test_what_is_written_is_read(tmp_path):
             assert np.array_equal(store.tokens(i, view), tokens[view])
     header = json.loads((tmp_path / "s/header.json").read_text())
     assert header["tokenizer"] == "t.pt" and header["videos"] == 5
+
+
+NAMES = st.binary(min_size=1, max_size=20).filter(lambda name: not set(name) & set(b"/\0") and name.strip(b"."))
+
+
+@settings(max_examples=60, deadline=None)
+@given(lengths=st.dictionaries(NAMES.map(os.fsdecode), st.integers(1, 9), min_size=1, max_size=6),
+       first=st.integers(0, 6), lost=st.integers(0, 60), start=st.integers(0, 9), stride=st.integers(1, 4))
+def test_any_store_is_read_as_it_was_given(tmp_path_factory, lengths, first, lost, start, stride):
+    """Whatever bytes the names hold, wherever the writing was interrupted, and whichever clip is cut from it."""
+    path, random = tmp_path_factory.mktemp("any") / "s", np.random.default_rng(lost)
+    videos = {name: (random.integers(100, size=(2, frames, 2, 2)), {"label": i})
+              for i, (name, frames) in enumerate(lengths.items())}
+    write_store(path, dict(list(videos.items())[:first]), finish=False)
+    for shard in path.glob("*.bin"):
+        os.truncate(shard, max(0, shard.stat().st_size - lost))
+    store = TokenStore(write_store(path, videos))
+    assert [store.name(i) for i in range(len(store))] == list(videos)
+    for i, (tokens, _) in enumerate(videos.values()):
+        assert np.array_equal(np.stack([store.tokens(i, view) for view in range(2)]), tokens)
+        padded = np.concatenate([tokens[1], np.full((40, 2, 2), PAD)])
+        assert np.array_equal(store.cut(i, start, 5, stride, 1), padded[start:][:5 * stride:stride])
 
 
 @pytest.mark.parametrize("lost", ["tokens", "journal", "both"])
