@@ -1,0 +1,108 @@
+import contextlib
+import json
+
+import findings
+import pytest
+from conftest import ROOT
+
+import masking
+import toy
+
+SHORT = dict(layers=1, dim=16, heads=2, head_dim=8, mlp_dim=32, batch=4, steps=3, min_stride=2, max_stride=2)
+
+
+@pytest.mark.parametrize("higher, lower, said", [
+    ([5, 6, 7], [1, 2, 3], "shown (+4.0, standard error 0.0)"),
+    ([5, 6, 10], [4, 6, 3], "not shown (+2.7, standard error 2.2)"),
+    ([1, 2, 3.5], [5, 6, 7], "opposite (-3.8, standard error 0.2)"),
+    ([0.31, 0.33], [0.3, 0.31], "shown (+0.015, standard error 0.005)"),
+    ([5], [1], "not measured yet")])
+def test_a_claim_is_judged_seed_by_seed_against_the_standard_error(higher, lower, said):
+    assert findings.verdict(dict(enumerate(higher)), dict(enumerate(lower))) == said
+
+
+def test_only_the_seeds_that_both_rows_have_are_compared():
+    assert findings.verdict({0: 5.0, 1: 6.0, 2: 90.0}, {0: 1.0, 1: 2.0}) == "shown (+4.0, standard error 0.0)"
+
+
+def test_every_table_says_what_the_paper_says_of_each_row_and_claims_what_it_shows():
+    for number, table in findings.TABLES.items():
+        assert len(table.paper) == len(table.rows), number
+        for claim, figure, *rows in table.claims:
+            assert figure in table.figures and set(rows) <= set(table.rows), (number, claim)
+
+
+def test_the_masks_of_table_9_hide_what_their_rows_say():
+    rows = findings.TABLES["9 and 15"].rows
+    for name in [name for name in rows if name.startswith("block")]:
+        hidden = masking.expected_ratio(5, 8, 8, rows[name].get("blocks", masking.blocks_for(5, 8, 8)))
+        assert f"{100 * hidden:.1f}%" == name.removeprefix("block, ")
+
+
+@pytest.fixture
+def world(workplace, monkeypatch):
+    """The tests' toy world in place of the findings' own, and experiments of a few steps."""
+    monkeypatch.setattr(findings, "HOME", workplace / "datasets/toy")
+    monkeypatch.setattr(findings, "RECIPES", {"long": SHORT})
+    monkeypatch.setattr(findings, "STEPS", 2)
+    with contextlib.chdir(workplace):
+        yield
+
+
+JOB = dict(recipe="long", seed=1, device="cpu", labels=[("motion", 8), ("appearance", 12)])
+
+
+@pytest.mark.parametrize("changes, lacking", [
+    ({}, set()), (None, {"mask accuracy", "contrastive loss"}), (findings.MASK, {"contrastive loss"}),
+    (findings.CONTRAST, {"mask accuracy"}), (dict(layout="T,H,W", pre_norm=True), set())], ids=str)
+def test_an_experiment_gives_the_same_figures_again(world, changes, lacking):
+    first, second = (findings.experiment(dict(JOB, changes=changes)) for _ in range(2))
+    for figures in (first, second):
+        assert figures.pop("seconds") >= 0 and figures.pop("speed") > 0
+    assert first == second
+    assert first.keys() == {"copied", "kNN motion", "kNN appearance", "kNN direction", "mask accuracy",
+                            "contrastive loss", "motion, 8 labels", "appearance, 12 labels"} - lacking
+
+
+def test_what_is_measured_is_written_down_and_not_run_again(world, monkeypatch, tmp_path):
+    monkeypatch.setattr(findings, "RESULTS", tmp_path / "findings.jsonl")
+    monkeypatch.setattr(findings, "CURVE", (8,))
+    monkeypatch.setattr(findings, "TASKS", {"motion": 8, "appearance": 8})
+    waiting = findings.jobs(["8"], [1], False, "cpu")
+    assert [job["changes"] for job in waiting] == list(findings.TABLES["8"].rows.values())
+    for job in waiting[:2]:
+        findings.write_down(job, {"mask accuracy": 50.0, "motion, 8 labels": 25.0}, {"commit": "abc"})
+    assert findings.jobs(["8"], [1], False, "cpu") == waiting[2:]
+    assert len(findings.jobs(["8"], [1, 2], False, "cpu")) == 6
+    table = findings.lines("8", [1], "long")
+    assert table[2].startswith("| block | 50.0 | - | 25.0 | - | M 17.6") and "| - | - | - | - |" in table[4]
+    entry = json.loads((tmp_path / "findings.jsonl").read_text().splitlines()[0])
+    assert entry["settings"] == SHORT and entry["seed"] == 1 and entry["commit"] == "abc"
+
+
+def test_every_figure_says_where_it_comes_from():
+    for entry in findings.read():
+        assert entry.keys() == {"recipe", "changes", "seed", "settings", "result", "commit", "torch", "numpy", "python",
+                                "device"}
+
+
+@pytest.mark.parametrize("number", findings.TABLES)
+def test_the_tables_are_those_that_were_measured(number):
+    shown = (ROOT / "benchmarks/README.md").read_text().splitlines()
+    for line in findings.lines(number, (0, 1, 2), findings.recipe_for(number, False)):
+        assert line in shown
+
+
+def test_the_curve_is_the_one_that_was_measured():
+    shown = (ROOT / "benchmarks/README.md").read_text().splitlines()
+    for line in findings.curve_lines((0, 1, 2), "long"):
+        assert line in shown
+
+
+def test_with_the_light_on_nothing_but_the_background_changes():
+    for number in range(4):
+        usual, labels = toy.draw_video(number)
+        lit, same = toy.draw_video(number, world=toy.World(light=False))
+        dark = (usual == toy.BACKGROUNDS[1]).all(axis=-1)
+        assert labels == same and (lit[dark] == toy.BACKGROUNDS[0]).mean() > 0.999  # but for grey edges
+        assert not (lit == toy.BACKGROUNDS[1]).all(axis=-1).any()
