@@ -195,7 +195,7 @@ def pretrained(changes, seed, recipe, out, device):
     recipe = {**pretrain.PRESETS["toy"], **recipe, **({"steps": 1} if changes is None else changes)}
     config = parse(pretrain.Config, flags(dict(
         recipe, seed=seed, out=out, micro_batch=recipe["batch"], knn_every=recipe["steps"], save_every=recipe["steps"],
-        device=device.type)), "", pretrain.PRESETS)
+        **on(device))), "", pretrain.PRESETS)
     store = data.TokenStore(HOME / "tokens/pretrain")
     pretrain.share_out(config, len(store), 1)
     seed_all(seed)
@@ -213,6 +213,11 @@ def pretrained(changes, seed, recipe, out, device):
     if changes is not None and config.alpha:
         found["contrastive loss"] = last["held_out_contrastive_loss"]
     return found, config.clip_fps(store)
+
+
+def on(device):
+    """On CPUs in float32: some have bfloat16, and would give other numbers."""
+    return dict(device=device.type, precision="fp32" if device.type == "cpu" else "auto")
 
 
 def seconds(device):
@@ -236,7 +241,7 @@ def finetuned(scratch, task, few, seed, out, device, fps, lr, split="test"):
     config = parse(finetune.Config, flags(dict(
         checkpoint=f"{out}/last.pt", from_scratch=scratch, labels=task, few=few, seed=seed, steps=steps,
         lr=lr, fps=fps, clips=1, eval_split=split, data=HOME / "tokens", out=f"{out}/{task}",
-        batch=8, micro_batch=8, save_every=steps, device=device.type)), "", finetune.DATASETS, chosen_by="dataset")
+        batch=8, micro_batch=8, save_every=steps, **on(device))), "", finetune.DATASETS, chosen_by="dataset")
     stores, labels, _, model, tokens = finetune.prepare(config, device)
     precision = pick_precision(config.precision, device)
     finetune.train(config, model, stores["train"], labels, device, tokens)
@@ -271,9 +276,9 @@ def read():
 
 def result(changes, seed, recipe):
     """The figures of an experiment, {} where it has not been run."""
-    lines = [line["result"] for line in read()
+    found = [line["result"] for line in read()
              if (line["changes"], line["seed"], line["recipe"]) == (changes, seed, recipe)]
-    return lines[-1] if lines else {}
+    return found[-1] if found else {}
 
 
 def recipe_for(number, full):

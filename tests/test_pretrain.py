@@ -256,6 +256,31 @@ def test_a_killed_process_is_restarted_and_training_goes_on(workplace):
     assert [m["step"] for m in read_metrics(out) if "loss" in m] == list(range(1, 101))
 
 
+TWO_GPUS = """import os, runpy, sys, torch
+torch.cuda.device_count = lambda: 2
+sys.argv = sys.argv[1:]
+sys.path[0] = os.path.dirname(sys.argv[0])
+runpy.run_path(sys.argv[0], run_name="__main__")"""
+
+
+@pytest.mark.skipif(not Path("/proc").is_dir(), reason="finds the processes to kill in /proc")
+def test_a_process_that_dies_ends_the_others_and_is_named(workplace):
+    """Of `--gpus 2`, on a CPU in place of two GPUs: one line at the end says which, and no process is left."""
+    out, settings = workplace / "runs/died", [*flags(TINY), "--steps", 100000, "--log-every", 1]
+    group = subprocess.Popen([sys.executable, "-c", TWO_GPUS, str(ROOT / "pretrain.py"), "--gpus", "2",
+                              *map(str, settings), "--out", str(out)], cwd=workplace, stdout=subprocess.DEVNULL,
+                             stderr=subprocess.PIPE, text=True,
+                             env={**os.environ, "TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1"})
+    while group.poll() is None and len(read_metrics(out)) < 4:
+        time.sleep(0.05)
+    workers = [int(pid) for pid in Path(f"/proc/{group.pid}/task/{group.pid}/children").read_text().split()]
+    os.kill(workers[1], signal.SIGKILL)
+    said = group.communicate(timeout=90)[1]
+    assert group.returncode == 137
+    assert "pretrain.py: process 1 of 2 ended first, with exit code -9; the others were stopped" in said.splitlines()
+    assert not any(Path(f"/proc/{pid}").is_dir() for pid in workers)
+
+
 # ---------------------------------------------------------------- the two losses
 
 
