@@ -113,18 +113,17 @@ def make(root, splits=None, seed=0, workers=None, world=USUAL):
     Whatever stands there already from a whole earlier call is left as it is. Returns root. Raises UserError where that
     is another world, and where another program is making one there.
     """
-    root, asked = Path(root), {"seed": seed, "splits": splits or SPLITS}
-    asked |= {"world": json.loads(json.dumps(world._asdict()))} if world != USUAL else {}
-    record = root / "toy.json"
+    root, splits, other = Path(root), splits or SPLITS, {"world": world._asdict()} if world != USUAL else {}
+    record, asked = root / "toy.json", json.dumps({"seed": seed, "splits": splits, **other})
     if not finished(root):
         with locked(root):
-            write_text(record, json.dumps(asked))
+            write_text(record, asked)
             with whole(root / "toy.png") as file:  # first: something to look at
                 imageio.imwrite(file, picture(seed, world), format="png")
             print(f"{root / 'toy.png'}: eight videos of the toy world, which is now written", flush=True)
             with writing(root / "videos"):
-                write_world(root, asked["splits"], seed, workers, world)
-    found = json.loads(record.read_text()) if record.is_file() else asked  # older worlds do not say
+                write_world(root, splits, seed, workers, world)
+    found = record.read_text(errors="replace") if record.is_file() else asked  # older worlds do not say
     if found != asked:
         raise UserError(f"{root} was made with {found}, not {asked}: choose another folder or delete it")
     return root

@@ -42,10 +42,15 @@ def test_what_was_interrupted_is_made_again_and_what_is_whole_is_left(tmp_path):
 
 def test_a_world_of_another_seed_is_not_taken_for_this_one(tmp_path):
     toy.make(tmp_path / "toy", {"train": 2}, seed=1, workers=1)
-    with pytest.raises(UserError, match="made with .*'seed': 1.*, not .*'seed': 0"):
+    with pytest.raises(UserError, match='made with .*"seed": 1.*, not .*"seed": 0'):
         toy.make(tmp_path / "toy", {"train": 2}, workers=1)
-    with pytest.raises(UserError, match="'train': 2.* not .*'train': 3"):
+    with pytest.raises(UserError, match='"train": 2.* not .*"train": 3'):
         toy.make(tmp_path / "toy", {"train": 3}, seed=1, workers=1)
+    with pytest.raises(UserError, match='"seed": 1.* not .*"light": false'):
+        toy.make(tmp_path / "toy", {"train": 2}, seed=1, workers=1, world=toy.World(light=False))
+    (tmp_path / "toy/toy.json").write_bytes(b"{\xff")
+    with pytest.raises(UserError, match="was made with"):
+        toy.make(tmp_path / "toy", {"train": 2}, seed=1, workers=1)
     (tmp_path / "toy/toy.json").unlink()  # made before worlds said it
     assert toy.make(tmp_path / "toy", {"train": 3}, workers=1) == tmp_path / "toy"
 
