@@ -59,12 +59,12 @@ SPLITS = {"pretrain": 1000, "train": 200, "val": 200, "test": 500}
 TASKS = {"motion": 48, "appearance": 48}  # labelled videos: so few that no recipe comes near 100%
 RECIPES = {  # what is other than in the toy preset
     "long": dict(layers=2, batch=16, steps=200, lr=4e-3, min_stride=2, max_stride=2),  # Tables 7 and 8
-    "short": dict(layers=2, dim=32, heads=2, mlp_dim=128, batch=16, steps=200, lr=8e-3, min_stride=2, max_stride=2),
+    "short": dict(layers=2, dim=32, heads=2, mlp_dim=128, batch=16, steps=150, lr=8e-3, min_stride=2, max_stride=2),
     "full": dict(min_stride=2, max_stride=2)}  # with --full, of all
 SLOW = dict(min_stride=1, max_stride=1)  # frames an eighth of a second apart: they look alike, as real ones do
 STEPS, LONGER = 60, 4  # of fine-tuning; from scratch so many times as many, as in Table 4
-RATES = {"long": 4e-3, "short": 8e-3, "full": 4e-3}  # of fine-tuning: the best of GRID on the validation split,
-SCRATCH = {"motion": 4e-3, "appearance": 2e-3}  # and without pre-training
+FINETUNING = {"long": dict(lr=4e-3, batch=16), "short": dict(lr=8e-3, batch=8), "full": dict(lr=4e-3, batch=16)}
+SCRATCH = {"motion": 4e-3, "appearance": 2e-3}  # its rates; like those above the best of GRID on the validation split
 GRID = (1e-3, 2e-3, 4e-3, 8e-3)
 CURVE = (24, 48, 96)  # labelled videos
 
@@ -80,7 +80,7 @@ class Table(NamedTuple):
 
 BOTH, MASK, CONTRAST = {}, dict(alpha=0.0), dict(mask_weight=0.0, contrast_on="whole")
 IID = dict(MASK, mask="iid")
-LARGE_BATCH = dict(batch=64, steps=50)  # as many videos in all
+LARGE_BATCH = dict(batch=64, steps=40)  # as many videos in all
 TABLES = {
     "7": Table(
         "Which tasks", {"none": None, "contrastive only": CONTRAST, "mask only": MASK, "both": BOTH},
@@ -235,13 +235,14 @@ def copied(config, store):
     return 100 * right[batch.mask].float().mean().item()
 
 
-def finetuned(scratch, task, few, seed, out, device, fps, lr, split="test"):
-    """Fine-tunes out/last.pt on a few labels, or from scratch a model of its size -> top-1 in percent."""
+def finetuned(scratch, task, few, seed, out, device, fps, recipe, split="test"):
+    """Fine-tunes out/last.pt on a few labels, or from scratch a model of its size -> top-1 in percent. recipe: one of
+    FINETUNING's."""
     steps = STEPS * (LONGER if scratch else 1)
     config = parse(finetune.Config, flags(dict(
         checkpoint=f"{out}/last.pt", from_scratch=scratch, labels=task, few=few, seed=seed, steps=steps,
-        lr=lr, fps=fps, clips=1, eval_split=split, data=HOME / "tokens", out=f"{out}/{task}",
-        micro_batch=16, save_every=steps, **on(device))), "", finetune.DATASETS, chosen_by="dataset")
+        fps=fps, clips=1, eval_split=split, data=HOME / "tokens", out=f"{out}/{task}",
+        micro_batch=recipe["batch"], save_every=steps, **recipe, **on(device))), "", finetune.DATASETS, "dataset")
     stores, labels, _, model, tokens = finetune.prepare(config, device)
     precision = pick_precision(config.precision, device)
     finetune.train(config, model, stores["train"], labels, device, tokens)
@@ -262,8 +263,8 @@ def experiment(job):
     with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
         found, fps = pretrained(job["changes"], job["seed"], RECIPES[job["recipe"]], out, device)
         for task, few in job["labels"]:
-            lr = SCRATCH[task] if scratch else RATES[job["recipe"]]
-            found[f"{task}, {few} labels"] = finetuned(scratch, task, few, job["seed"], out, device, fps, lr)
+            recipe = {**FINETUNING[job["recipe"]], **({"lr": SCRATCH[task]} if scratch else {})}
+            found[f"{task}, {few} labels"] = finetuned(scratch, task, few, job["seed"], out, device, fps, recipe)
     return found
 
 
@@ -329,12 +330,14 @@ def values(changes, figure, seeds, recipe):
     return {seed: figures[name] for seed, figures in found.items() if name in figures}
 
 
-def spread(numbers, digits=1):
-    """Mean and standard deviation, as text."""
-    if not numbers:
+def spread(by_seed, seeds, digits=1):
+    """Mean and standard deviation of {seed: number}, as text."""
+    if not by_seed:
         return "-"
+    numbers = list(by_seed.values())
     deviation = f" +- {np.std(numbers, ddof=1):.{digits}f}" if len(numbers) > 1 else ""
-    return f"{np.mean(numbers):.{digits}f}{deviation}"
+    fewer = f" ({len(numbers)} of {len(seeds)} seeds)" if len(numbers) < len(seeds) else ""
+    return f"{np.mean(numbers):.{digits}f}{deviation}{fewer}"
 
 
 def verdict(higher, lower):
@@ -353,7 +356,7 @@ def lines(number, seeds, recipe):
     table = TABLES[number]
     found = [f"| | {' | '.join(table.figures)} | the paper |", f"| --- {'| --- ' * (len(table.figures) + 1)}|"]
     for (name, changes), paper in zip(table.rows.items(), table.paper):
-        cells = [spread(list(values(changes, figure, seeds, recipe).values()), 3 if "loss" in figure else 1)
+        cells = [spread(values(changes, figure, seeds, recipe), seeds, 3 if "loss" in figure else 1)
                  for figure in table.figures]
         found.append(f"| {name} | {' | '.join(cells)} | {paper} |")
     found.append("")
@@ -374,7 +377,7 @@ def curve_lines(seeds, recipe):
     found += [f"| labelled videos | {' | '.join(f'{task}, {name}' for task in TASKS for name in rows[task])} |",
               f"| --- {'| --- ' * (2 * len(TASKS))}|"]
     for few in CURVE:
-        cells = [spread(list(by_few[few].values())) for task in TASKS for by_few in rows[task].values()]
+        cells = [spread(by_few[few], seeds) for task in TASKS for by_few in rows[task].values()]
         found.append(f"| {few} | {' | '.join(cells)} |")
     found.append("")
     for task, few in itertools.product(TASKS, CURVE):
@@ -426,7 +429,8 @@ def tune(device):
         job = dict(recipe=recipe, changes=BOTH, seed=0)
         _, fps = pretrained(BOTH, 0, RECIPES[recipe], folder(job), device)
         for task, few in TASKS.items():
-            found = [finetuned(scratch, task, few, 0, folder(job), device, fps, lr, "val") for lr in GRID]
+            found = [finetuned(scratch, task, few, 0, folder(job), device, fps, {**FINETUNING[recipe], "lr": lr}, "val")
+                     for lr in GRID]
             print(f"{recipe}, {task}, {'from scratch' if scratch else 'pre-trained'}: "
                   f"{', '.join(f'{top:.1f}% at {lr:g}' for lr, top in zip(GRID, found))}", flush=True)
 

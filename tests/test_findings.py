@@ -44,6 +44,7 @@ def world(workplace, monkeypatch):
     """The tests' toy world in place of the findings' own, and experiments of a few steps."""
     monkeypatch.setattr(findings, "HOME", workplace / "datasets/toy")
     monkeypatch.setattr(findings, "RECIPES", {"long": SHORT})
+    monkeypatch.setattr(findings, "FINETUNING", {"long": dict(lr=1e-3, batch=4)})
     monkeypatch.setattr(findings, "STEPS", 2)
     with contextlib.chdir(workplace):
         yield
