@@ -1,10 +1,15 @@
-"""A short run of benchmarks/faults.py: its long one and their counts are in benchmarks/RESULTS.md."""
+"""A short run of benchmarks/faults.py, whose long one is in benchmarks/RESULTS.md; two programs at once."""
 import contextlib
 import random
+import subprocess
+import sys
 
 import faults
 import pytest
+from conftest import ROOT, TINY, call, flags
 
+import finetune
+import pretrain
 from plumbing.cli import UserError
 
 
@@ -28,3 +33,23 @@ def test_a_refusal_in_several_lines_is_noticed():
     def refuse():
         raise UserError("a\nb")
     assert faults.outcome(refuse, 1) == "REFUSED IN SEVERAL LINES"
+
+
+HOLD = "import sys; from plumbing.files import lock; lock(sys.argv[1]); print('held', flush=True); sys.stdin.read()"
+
+
+@pytest.mark.parametrize("module, argv", [
+    (pretrain, ["--videos", "datasets/toy/videos", "--tokenizer-steps", 5]),
+    (pretrain, ["--data", "datasets/toy/tokens/pretrain"]),
+    (finetune, ["--checkpoint", "runs/toy/last.pt"])], ids=["videos", "store", "fine-tuning"])
+def test_a_second_run_into_a_folder_is_refused_in_a_line_and_changes_nothing(workplace, module, argv):
+    folder = workplace / f"runs/held-{len(argv[1])}"
+    small = flags(TINY if module is pretrain else dict(few=4, device="cpu"))
+    first = subprocess.Popen([sys.executable, "-c", HOLD, str(folder)], cwd=ROOT, stdin=subprocess.PIPE,
+                             stdout=subprocess.PIPE, text=True)
+    assert first.stdout.readline() == "held\n"
+    done = call(module, *argv, *small, "--out", folder, "--steps", 1, place=workplace)
+    first.communicate()
+    assert done.returncode == 2 and [path.name for path in folder.iterdir()] == [".lock"]
+    assert f"{folder} is being written by process {first.pid} on" in done.stderr.splitlines()[-1]
+    assert call(module, *argv, *small, "--out", folder, "--steps", 1, place=workplace).returncode == 0
