@@ -390,7 +390,8 @@ def draw(number, seeds, recipe):
     """A picture of a table: each row's figures, seed by seed, and their mean."""
     table = TABLES[number]
     figure = Figure(figsize=(2.8 * len(table.figures) + 1.5, 1.1 + 0.34 * len(table.rows)), layout="constrained")
-    figure.suptitle(f"Table {number} in miniature: {table.title[0].lower()}{table.title[1:]}", fontsize=10)
+    figure.suptitle(f"Table {number} in miniature: {table.title[0].lower()}{table.title[1:]} (small dots: seeds; bars: "
+                    "their mean +- standard deviation)", fontsize=10)
     for axis, name in zip(figure.subplots(1, len(table.figures), sharey=True), table.figures):
         for i, changes in enumerate(table.rows.values()):
             found = list(values(changes, name, seeds, recipe).values())

@@ -7,12 +7,14 @@ from conftest import ROOT
 
 sys.path.insert(0, str(ROOT / "benchmarks"))
 
+import findings
 import toy_results
 
 README = (ROOT / "README.md").read_text()
 
 
-@pytest.mark.parametrize("line", toy_results.table()[2:])
+@pytest.mark.parametrize("line", [*toy_results.table()[2:], *findings.lines("7", (0, 1, 2), "long"),
+                                  *findings.lines("8", (0, 1, 2), "long")])
 def test_the_readme_shows_what_was_measured(line):
     assert line in README.splitlines()
 

@@ -59,6 +59,16 @@ def reach(layout, place):
 
 
 @settings(deadline=None)
+@given(st.integers(1, 12), st.integers(1, 12))
+def test_interpolated_positions_keep_their_order_their_ends_and_their_middle(before, after):
+    table = torch.arange(before, dtype=torch.float32)[:, None] * torch.tensor([1.0, -2.0])
+    resized = transformer.resize_table(table, after)
+    assert resized.shape == (after, 2) and (resized[:, 0].diff() >= 0).all()
+    assert resized[:, 0].min() >= 0 and resized[:, 0].max() <= before - 1
+    assert torch.allclose(resized.mean(dim=0), table.mean(dim=0), atol=1e-5)
+    assert torch.allclose(transformer.resize_table(table.flip(0), after), resized.flip(0), atol=1e-5)
+
+
 @given(st.integers(1, 3), st.integers(1, 4), st.integers(1, 4), st.integers(1, 4),
        st.sampled_from(["T", "H", "W", "HxW", "TxHxW"]))
 def test_sequences_lie_along_the_axes_of_their_pattern(clips, frames, height, width, pattern):
