@@ -13,7 +13,8 @@ gives the same numbers on any number of cores. At the end the tables are printed
 into figures/.
 
 A claim is judged by the difference of two rows, seed by seed (a seed gives both the same videos and labels): shown
-where its mean is more than two standard errors above 0, opposite where it is as far below, else not shown.
+where its mean is more than two standard errors above 0, opposite where it is as far below, else not shown. With three
+seeds that happens by chance to one claim in five.
 """
 import argparse
 import concurrent.futures
@@ -73,32 +74,34 @@ class Table(NamedTuple):
     title: str
     rows: dict  # {name: what changes in the recipe, or None: no pre-training}
     paper: tuple  # what the paper's table says of each; of many tokens M is the share predicted, C the contrastive loss
-    claims: tuple  # (what the paper says, in which figure, the row where it is higher, the one where it is lower)
+    claims: tuple  # (what the paper says, or is asked beside it; in which figure; the higher row, the lower row)
     figures: tuple = ("mask accuracy", "contrastive loss", "motion", "appearance")
     recipe: str = "short"
 
 
 BOTH, MASK, CONTRAST = {}, dict(alpha=0.0), dict(mask_weight=0.0, contrast_on="whole")
 IID = dict(MASK, mask="iid")
-LARGE_BATCH = dict(batch=64, steps=40)  # as many videos in all
 TABLES = {
     "7": Table(
         "Which tasks", {"none": None, "contrastive only": CONTRAST, "mask only": MASK, "both": BOTH},
         ("SSV2 1.2, UCF101 41.3", "SSV2 32.5, UCF101 57.1", "SSV2 41.4, UCF101 68.3", "SSV2 41.1, UCF101 69.4"),
         (("pre-training is far above none on the temporal task", "motion", "both", "none"),
          ("and on the spatial one", "appearance", "both", "none"),
-         ("masks are the main help on the temporal task", "motion", "both", "contrastive only"),
-         ("contrastive learning helps on appearance", "appearance", "both", "mask only")), recipe="long"),
+         ("alone, masks help more than contrastive learning: temporal task", "motion", "mask only", "contrastive only"),
+         ("and spatial task", "appearance", "mask only", "contrastive only"),
+         ("masks add to contrastive learning on the temporal task", "motion", "both", "contrastive only"),
+         ("contrastive learning adds to masks on the spatial task", "appearance", "both", "mask only")), recipe="long"),
     "8": Table(
         "Which masks, without the contrastive task",
         {"block": MASK, "i.i.d.": IID, "block, slow": {**MASK, **SLOW}, "i.i.d., slow": {**IID, **SLOW}},
         ("M 17.6, UCF101 68.3", "M 24.3, UCF101 63.5", "", ""),
         (("i.i.d. masks have the higher masked-token accuracy", "mask accuracy", "i.i.d.", "block"),
-         ("but fine-tune less well on the temporal task", "motion", "block", "i.i.d."),
-         ("and on the spatial one", "appearance", "block", "i.i.d."),
-         ("of slow clips: the higher masked-token accuracy", "mask accuracy", "i.i.d., slow", "block, slow"),
-         ("but fine-tune less well on the temporal task", "motion", "block, slow", "i.i.d., slow"),
-         ("and on the spatial one", "appearance", "block, slow", "i.i.d., slow"),
+         ("but fine-tune less well: spatial task", "appearance", "block", "i.i.d."),
+         ("(asked here) temporal task", "motion", "block", "i.i.d."),
+         ("slow clips: i.i.d. masks have the higher masked-token accuracy", "mask accuracy", "i.i.d., slow",
+          "block, slow"),
+         ("slow clips: but fine-tune less well: spatial task", "appearance", "block, slow", "i.i.d., slow"),
+         ("(asked here) slow clips: temporal task", "motion", "block, slow", "i.i.d., slow"),
          ("as a hidden token more often equals its nearest visible neighbour", "copied", "i.i.d.", "block")),
         ("mask accuracy", "copied", "motion", "appearance"), "long"),
     "9 and 15": Table(
@@ -116,9 +119,9 @@ TABLES = {
         ("C 1.06, UCF101 69.4", "30 s: C 0.77, UCF101 69.0; 10 s: C 0.61, UCF101 68.3", "C 0.41, UCF101 66.7"),
         (("clips at one place are told from others more easily", "contrastive loss", "anywhere", "0 s"),
          ("but teach less: spatial task", "appearance", "anywhere", "0 s"),
-         ("and temporal task", "motion", "anywhere", "0 s"))),
+         ("(asked here) temporal task", "motion", "anywhere", "0 s"))),
     "11": Table(
-        "How many videos are told apart, in batches of 64", {f"n = {n}": dict(LARGE_BATCH, contrast=n)
+        "How many videos are told apart, in batches of 64", {f"n = {n}": dict(batch=64, contrast=n)
                                                             for n in (8, 16, 32, 64)},
         ("n = 128: C 1.06, UCF101 69.4", "n = 256: C 1.30, UCF101 69.2", "n = 512: C 1.56, UCF101 70.4",
          "n = 1024: C 1.86, UCF101 69.8"),
@@ -131,7 +134,7 @@ TABLES = {
         ("UCF101 57.1", "UCF101 55.5", "UCF101 67.4", "UCF101 69.4"),
         (("alone, whole clips teach more", "appearance", "contrastive only, whole", "contrastive only, masked"),
          ("with the mask task, masked ones do", "appearance", "both tasks, masked", "both tasks, whole"),
-         ("on the temporal task, too", "motion", "both tasks, masked", "both tasks, whole"))),
+         ("(asked here) temporal task", "motion", "both tasks, masked", "both tasks, whole"))),
     "13": Table(
         "Attention layouts", {"TxHxW": dict(layout="TxHxW"), "T,HxW": dict(layout="T,HxW"),
                               "T,H,W": dict(layout="T,H,W"), "T,H|W": BOTH,
@@ -142,9 +145,9 @@ TABLES = {
         (("T,H|W is faster than all tokens at once", "speed", "T,H|W", "TxHxW"),
          ("than T,HxW", "speed", "T,H|W", "T,HxW"), ("and than T,H,W", "speed", "T,H|W", "T,H,W"),
          ("and better than all tokens at once: spatial task", "appearance", "T,H|W", "TxHxW"),
-         ("and temporal task", "motion", "T,H|W", "TxHxW"),
+         ("(asked here) temporal task", "motion", "T,H|W", "TxHxW"),
          ("post-LN is better than pre-LN: spatial task", "appearance", "T,H|W", "T,H|W, pre-LN"),
-         ("and temporal task", "motion", "T,H|W", "T,H|W, pre-LN")),
+         ("(asked here) temporal task", "motion", "T,H|W", "T,H|W, pre-LN")),
         ("mask accuracy", "contrastive loss", "speed", "motion", "appearance")),
     "16": Table(
         "The contrastive loss's weight",
@@ -154,18 +157,18 @@ TABLES = {
         (("the more it weighs, the less is predicted", "mask accuracy", "alpha 0", "alpha 2"),
          ("0.5 is better than 0", "appearance", "alpha 0.5", "alpha 0"),
          ("and than 2: spatial task", "appearance", "alpha 0.5", "alpha 2"),
-         ("and temporal task", "motion", "alpha 0.5", "alpha 2"))),
+         ("(asked here) temporal task", "motion", "alpha 0.5", "alpha 2"))),
     "6 and 14": Table(
-        "Sizes of the model and the clip", {"d = 16": dict(dim=16, head_dim=8, mlp_dim=64), "d = 32": BOTH,
-                                            "d = 32, 8 frames": dict(frames=8)},
-        ("6 layers, d = 512: M 17.2, C 1.06, UCF101 69.4", "6 layers, d = 768: M 17.7, C 1.03, UCF101 75.0",
-         "6 layers, d = 512, 10 frames: M 17.2, C 0.96, UCF101 74.2"),
-        (("a wider model predicts more", "mask accuracy", "d = 32", "d = 16"),
-         ("and fine-tunes better: spatial task", "appearance", "d = 32", "d = 16"),
-         ("and temporal task", "motion", "d = 32", "d = 16"),
-         ("longer clips are told apart more easily", "contrastive loss", "d = 32", "d = 32, 8 frames"),
-         ("and fine-tune better: spatial task", "appearance", "d = 32, 8 frames", "d = 32"),
-         ("and temporal task", "motion", "d = 32, 8 frames", "d = 32")))}
+        "Sizes of the model and the clip", {"d = 16": dict(dim=16, head_dim=8, mlp_dim=64), "as elsewhere": BOTH,
+                                            "8 frames": dict(frames=8)},
+        ("d = 512: M 17.2, C 1.06, UCF101 69.4", "d = 768: M 17.7, C 1.03, UCF101 75.0",
+         "d = 512, 10 frames: M 17.2, C 0.96, UCF101 74.2 (5 frames: 69.4)"),
+        (("a wider model predicts more", "mask accuracy", "as elsewhere", "d = 16"),
+         ("and fine-tunes better: spatial task", "appearance", "as elsewhere", "d = 16"),
+         ("(asked here) temporal task", "motion", "as elsewhere", "d = 16"),
+         ("longer clips are told apart more easily", "contrastive loss", "as elsewhere", "8 frames"),
+         ("and fine-tune better: spatial task", "appearance", "8 frames", "as elsewhere"),
+         ("(asked here) temporal task", "motion", "8 frames", "as elsewhere")))}
 
 
 # ---------------------------------------------------------------- one experiment
@@ -192,7 +195,10 @@ def flags(settings):
 
 def pretrained(changes, seed, recipe, out, device):
     """Pre-trains, or for None starts a model -> its figures on the held-out videos, its clips' frames a second."""
-    recipe = {**pretrain.PRESETS["toy"], **recipe, **({"steps": 1} if changes is None else changes)}
+    usual = {**pretrain.PRESETS["toy"], **recipe}
+    recipe = {**usual, **({"steps": 1} if changes is None else changes)}
+    if recipe["batch"] != usual["batch"]:  # about as many videos in all
+        recipe["steps"] = 10 * math.ceil(usual["steps"] * usual["batch"] / recipe["batch"] / 10)
     config = parse(pretrain.Config, flags(dict(
         recipe, seed=seed, out=out, micro_batch=recipe["batch"], knn_every=recipe["steps"], save_every=recipe["steps"],
         **on(device))), "", pretrain.PRESETS)
@@ -275,11 +281,23 @@ def read():
     return [json.loads(line) for line in RESULTS.read_text().splitlines()] if RESULTS.is_file() else []
 
 
+def settings(recipe):
+    """All that an experiment's figures depend on, beside its changes, its seed and the code."""
+    tuning = FINETUNING[recipe] | {"steps": STEPS, "from scratch": [LONGER, SCRATCH]}
+    return json.loads(json.dumps({"world": WORLD._asdict(), "splits": SPLITS, "pre-training": RECIPES[recipe],
+                                  "fine-tuning": tuning}))
+
+
 def result(changes, seed, recipe):
-    """The figures of an experiment, {} where it has not been run."""
-    found = [line["result"] for line in read()
-             if (line["changes"], line["seed"], line["recipe"]) == (changes, seed, recipe)]
+    """The figures of an experiment, {} where it has not been run with these settings."""
+    asked = {"recipe": recipe, "changes": changes, "seed": seed, "settings": settings(recipe)}
+    found = [line["result"] for line in read() if asked == {key: line[key] for key in asked}]
     return found[-1] if found else {}
+
+
+def title(number):
+    what = TABLES[number].title
+    return f"Table{'s' * (' and ' in number)} {number}: {what[0].lower()}{what[1:]}"
 
 
 def recipe_for(number, full):
@@ -295,7 +313,8 @@ def jobs(tables, seeds, full, device):
             curved = recipe != "short" and changes in (None, BOTH)
             few = {(task, labels) for task in TASKS for labels in (CURVE if curved else [TASKS[task]])}
             job = dict(recipe=recipe, changes=changes, seed=seed, labels=sorted(few), device=device)
-            if job not in found and not result(changes, seed, recipe):
+            measured = result(changes, seed, recipe)
+            if job not in found and not all(f"{task}, {labels} labels" in measured for task, labels in few):
                 found.append(job)
     return found
 
@@ -314,7 +333,7 @@ def run(waiting, device):
 
 
 def write_down(job, figures, origin):
-    line = {**{key: job[key] for key in ("recipe", "changes", "seed")}, "settings": RECIPES[job["recipe"]],
+    line = {**{key: job[key] for key in ("recipe", "changes", "seed")}, "settings": settings(job["recipe"]),
             "result": {name: round(value, 4) for name, value in figures.items()}, **origin}
     with open(RESULTS, "a") as file:
         file.write(json.dumps(line) + "\n")
@@ -343,8 +362,8 @@ def spread(by_seed, seeds, digits=1):
 def verdict(higher, lower):
     """Two rows' figures, {seed: number} -> the mean difference, its standard error, and what they say."""
     differences = [higher[seed] - lower[seed] for seed in higher if seed in lower]
-    if len(differences) < 2:
-        return "not measured yet"
+    if len(differences) < 3:
+        return "not judged, with fewer than three seeds"
     mean, error = np.mean(differences), np.std(differences, ddof=1) / math.sqrt(len(differences))
     said = "shown" if mean > 2 * error else "opposite" if mean < -2 * error else "not shown"
     digits = 1 if max(abs(mean), error) >= 1 else 3
@@ -358,7 +377,7 @@ def lines(number, seeds, recipe):
     for (name, changes), paper in zip(table.rows.items(), table.paper):
         cells = [spread(values(changes, figure, seeds, recipe), seeds, 3 if "loss" in figure else 1)
                  for figure in table.figures]
-        found.append(f"| {name} | {' | '.join(cells)} | {paper} |")
+        found.append(f"| {name} | {' | '.join(cells)} | {paper} |".replace("H|W", "H\\|W"))
     found.append("")
     for claim, figure, *rows in table.claims:
         higher, lower = (values(table.rows[row], figure, seeds, recipe) for row in rows)
@@ -390,8 +409,8 @@ def draw(number, seeds, recipe):
     """A picture of a table: each row's figures, seed by seed, and their mean."""
     table = TABLES[number]
     figure = Figure(figsize=(2.8 * len(table.figures) + 1.5, 1.1 + 0.34 * len(table.rows)), layout="constrained")
-    figure.suptitle(f"Table {number} in miniature: {table.title[0].lower()}{table.title[1:]} (small dots: seeds; bars: "
-                    "their mean +- standard deviation)", fontsize=10)
+    figure.suptitle(f"In miniature, {title(number)} (small dots: seeds; bars: their mean +- standard deviation)",
+                    fontsize=10)
     for axis, name in zip(figure.subplots(1, len(table.figures), sharey=True), table.figures):
         for i, changes in enumerate(table.rows.values()):
             found = list(values(changes, name, seeds, recipe).values())
@@ -457,7 +476,7 @@ def main():
     FIGURES.mkdir(exist_ok=True)
     for number in asked.only:
         recipe = recipe_for(number, asked.full)
-        print(f"\n## Table {number}: {TABLES[number].title[0].lower()}{TABLES[number].title[1:]}\n")
+        print(f"\n## {title(number)}\n")
         print("\n".join(lines(number, asked.seeds, recipe)))
         draw(number, asked.seeds, recipe)
     if "7" in asked.only:

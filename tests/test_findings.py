@@ -15,14 +15,15 @@ SHORT = dict(layers=1, dim=16, heads=2, head_dim=8, mlp_dim=32, batch=4, steps=3
     ([5, 6, 7], [1, 2, 3], "shown (+4.0, standard error 0.0)"),
     ([5, 6, 10], [4, 6, 3], "not shown (+2.7, standard error 2.2)"),
     ([1, 2, 3.5], [5, 6, 7], "opposite (-3.8, standard error 0.2)"),
-    ([0.31, 0.33], [0.3, 0.31], "shown (+0.015, standard error 0.005)"),
-    ([5], [1], "not measured yet")])
+    ([0.31, 0.33, 0.32], [0.3, 0.31, 0.32], "not shown (+0.010, standard error 0.006)"),
+    ([5, 6], [1, 2], "not judged, with fewer than three seeds")])
 def test_a_claim_is_judged_seed_by_seed_against_the_standard_error(higher, lower, said):
     assert findings.verdict(dict(enumerate(higher)), dict(enumerate(lower))) == said
 
 
 def test_only_the_seeds_that_both_rows_have_are_compared():
-    assert findings.verdict({0: 5.0, 1: 6.0, 2: 90.0}, {0: 1.0, 1: 2.0}) == "shown (+4.0, standard error 0.0)"
+    assert findings.verdict({0: 5.0, 1: 6.0, 2: 90.0, 3: 7.0}, {0: 1.0, 1: 2.0, 3: 3.0}) == \
+        "shown (+4.0, standard error 0.0)"
 
 
 def test_every_table_says_what_the_paper_says_of_each_row_and_claims_what_it_shows():
@@ -72,13 +73,16 @@ def test_what_is_measured_is_written_down_and_not_run_again(world, monkeypatch, 
     waiting = findings.jobs(["8"], [1], False, "cpu")
     assert [job["changes"] for job in waiting] == list(findings.TABLES["8"].rows.values())
     for job in waiting[:2]:
-        findings.write_down(job, {"mask accuracy": 50.0, "motion, 8 labels": 25.0}, {"commit": "abc"})
+        findings.write_down(job, {"mask accuracy": 50.0, "motion, 8 labels": 25.0, "appearance, 8 labels": 5.0},
+                            {"commit": "abc"})
     assert findings.jobs(["8"], [1], False, "cpu") == waiting[2:]
     assert len(findings.jobs(["8"], [1, 2], False, "cpu")) == 6
     table = findings.lines("8", [1], "long")
-    assert table[2].startswith("| block | 50.0 | - | 25.0 | - | M 17.6") and "| - | - | - | - |" in table[4]
+    assert table[2].startswith("| block | 50.0 | - | 25.0 | 5.0 | M 17.6") and "| - | - | - | - |" in table[4]
     entry = json.loads((tmp_path / "findings.jsonl").read_text().splitlines()[0])
-    assert entry["settings"] == SHORT and entry["seed"] == 1 and entry["commit"] == "abc"
+    assert entry["settings"]["pre-training"] == SHORT and entry["seed"] == 1 and entry["commit"] == "abc"
+    monkeypatch.setattr(findings, "STEPS", 3)  # with other settings it is another experiment
+    assert findings.jobs(["8"], [1], False, "cpu") == waiting
 
 
 def test_every_figure_says_where_it_comes_from():
