@@ -176,6 +176,7 @@ TABLES = {
 
 def make_world(device):
     """The videos, a tokenizer trained on them, their tokens: what pretrain.py makes of the toy world, of this one."""
+    torch.set_num_threads(2)  # on any number of cores, for the same tokenizer; of each experiment it is 1
     toy.make(HOME, SPLITS, world=WORLD)
     splits, place = {split: toy.split_videos(HOME, split) for split in SPLITS}, HOME / "tokenizer.pt"
     preset = pretrain.PRESETS["toy"]
@@ -445,6 +446,7 @@ def draw_curve(seeds, recipe):
 
 def tune(device):
     """The fine-tuning rates on the validation split, seed 0, of what both tasks have pre-trained and from scratch."""
+    torch.set_num_threads(1)
     for recipe, scratch in (("long", False), ("long", True), ("short", False)):
         job = dict(recipe=recipe, changes=BOTH, seed=0)
         _, fps = pretrained(BOTH, 0, RECIPES[recipe], folder(job), device)
@@ -465,7 +467,6 @@ def main():
     parser.add_argument("--tune", action="store_true", help="print fine-tuning rates on the validation split, no more")
     asked = parser.parse_args()
     device = pick_device("auto") if asked.full else torch.device("cpu")
-    torch.set_num_threads(1 if device.type == "cpu" else torch.get_num_threads())
     if asked.tune:
         make_world(device)
         return tune(device)
