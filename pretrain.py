@@ -82,8 +82,7 @@ class Config(runs.RunSettings):
     mask_ratio: float = option(0.15, "share of the tokens to hide", above=0, most=0.99)
     blocks: int = option(0, "cuboids of a block mask (0: what comes closest to the ratio)", least=0, most=1000)
     noise: bool = option(False, "80% MASK, 10% random codes, 10% left, drawn per cuboid (Sec. G.3), or i.i.d. token")
-    mask_weight: float = option(1.0, "weight of the mask loss (0: contrastive learning alone, no token head)",
-                                least=0)
+    mask_weight: float = option(1.0, "weight of the mask loss (0: contrastive learning alone)", least=0)
     alpha: float = option(1.0, "weight of the contrastive loss (0: mask-then-predict alone)", least=0)
     contrast_on: str = option("masked", "clips that are told apart: those of the mask task, or whole ones (Table 12)",
                               choices=["masked", "whole"])

@@ -330,7 +330,10 @@ def run(waiting, device):
     with concurrent.futures.ProcessPoolExecutor(at_once, multiprocessing.get_context("spawn")) as pool:
         running = {pool.submit(experiment, job): job for job in waiting}
         for done in progress(concurrent.futures.as_completed(running), "experiments", len(running), " experiments"):
-            write_down(running[done], done.result(), origin)
+            if not done.exception():
+                write_down(running[done], done.result(), origin)
+        for failed in running:
+            failed.result()  # raises what it failed with, after all others were written
 
 
 def write_down(job, figures, origin):

@@ -36,7 +36,7 @@ def test_a_process_keeps_its_lock_until_it_gives_it_back(tmp_path):
     """Though it asks again, and though a loader process that it forked ends."""
     assert files.lock(tmp_path / "s") and not files.lock(tmp_path / "s/../s")
     with files.locked(tmp_path / "s"):
-        pass
+        assert not files.lock(tmp_path / "s")
     if (child := os.fork()) == 0:
         os._exit(0)
     os.waitpid(child, 0)
