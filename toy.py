@@ -70,12 +70,15 @@ def draw_video(number, seed=0, world=USUAL):
     dy = (pixel[None, :, None] - y + SIZE / 2) % SIZE - SIZE / 2  # (F, S, 1)
     u = (dx * np.cos(angle) + dy * np.sin(angle)) / radius  # (F, S, S), in radii along the shape's own axes
     v = (dy * np.cos(angle) - dx * np.sin(angle)) / radius
-    inside = np.clip(0.5 - _distance(SHAPES[shape], u, v) * radius, 0, 1)[..., None]  # (F, S, S, 1), soft edge
-    palette = np.array(list(COLOURS.values()), float)
-    ink = np.where(u[..., None] > 0.15, palette[end], palette[body])  # (F, S, S, 3)
+    inside = np.clip(0.5 - _distance(SHAPES[shape], u, v) * radius, 0, 1)  # (F, S, S), soft edge
     lit = (np.arange(FRAMES) + random.integers(100)) // random.integers(4, 13) % 2  # (F,), on and off
-    background = np.array(BACKGROUNDS)[lit * world.light][:, None, None, None]  # (F, 1, 1, 1)
-    video = (background * (1 - inside) + ink * inside).round().astype(np.uint8)
+    background = np.array(BACKGROUNDS)[lit * world.light][:, None, None]  # (F, 1, 1)
+    video = np.full((FRAMES, SIZE, SIZE, 3), background[..., None], np.uint8)
+    shown = inside > 0  # few pixels
+    inside, background = inside[shown][:, None], np.broadcast_to(background, shown.shape)[shown][:, None]  # (pixels, 1)
+    palette = np.array(list(COLOURS.values()))
+    ink = np.where(u[shown][:, None] > 0.15, palette[end], palette[body])  # (pixels, 3)
+    video[shown] = (background * (1 - inside) + ink * inside).round()
     return video, {"motion": motion, "direction": 2 * motion + sign, "appearance": 4 * body + end}
 
 
