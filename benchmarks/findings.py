@@ -4,7 +4,7 @@
     python benchmarks/findings.py --only 7 8      these alone
     python benchmarks/findings.py --tune          the fine-tuning rates, on the validation split
     python benchmarks/findings.py --show          runs nothing: what has been measured so far
-    python benchmarks/findings.py --full          the toy preset's own size and length: a night, or a GPU
+    python benchmarks/findings.py --full          the toy preset's own size, 800 steps: a night, or a GPU
 
 An experiment is a pre-training, then a fine-tuning for each task with few labels; tables share those that they have in
 common. Each is written to findings.jsonl as soon as it ends, with its settings, seed, seconds, commit and versions, so
@@ -59,9 +59,10 @@ WORLD = toy.World(light=False, radius=(14, 22))
 SPLITS = {"pretrain": 1000, "train": 200, "val": 200, "test": 500}
 TASKS = {"motion": 48, "appearance": 48}  # labelled videos: so few that no recipe comes near 100%
 RECIPES = {  # what is other than in the toy preset
-    "long": dict(layers=2, batch=16, steps=200, lr=4e-3, min_stride=2, max_stride=2),  # Tables 7 and 8
-    "short": dict(layers=2, dim=32, heads=2, mlp_dim=128, batch=16, steps=150, lr=8e-3, min_stride=2, max_stride=2),
-    "full": dict(min_stride=2, max_stride=2)}  # with --full, of all
+    "long": dict(alpha=1.0, layers=2, batch=16, steps=200, lr=4e-3, min_stride=2, max_stride=2),  # Tables 7 and 8
+    "short": dict(alpha=1.0, layers=2, dim=32, heads=2, mlp_dim=128, batch=16, steps=150, lr=8e-3, min_stride=2,
+                  max_stride=2),
+    "full": dict(alpha=1.0, steps=800, min_stride=2, max_stride=2)}  # with --full, of all
 SLOW = dict(min_stride=1, max_stride=1)  # frames an eighth of a second apart: they look alike, as real ones do
 STEPS, LONGER = 60, 4  # of fine-tuning; from scratch so many times as many, as in Table 4
 FINETUNING = {"long": dict(lr=4e-3, batch=16), "short": dict(lr=8e-3, batch=8), "full": dict(lr=4e-3, batch=16)}

@@ -16,7 +16,7 @@ from torch.nn.parallel import DistributedDataParallel
 from plumbing.checkpoints import save_checkpoint, start
 from plumbing.cli import UserError, option, progress
 from plumbing.files import read_lines, write_text
-from plumbing.fitting import give_back
+from plumbing.fitting import give_back, keep
 from plumbing.processes import leave_group, pick_precision, rank_and_world, say, stopping, sum_over_all
 
 FILES = ("config.json", "metrics.jsonl", "last.pt", "previous.pt", "curves.png", "fill_in.png", "fill_in.gif",
@@ -208,6 +208,7 @@ class Run:
         left, self.since = range(self.first, self.end), (trimmed := time.perf_counter())
         self.bar = progress(left, text, len(left), " steps", self.rank == 0)
         owed = False  # a checkpoint that waits for a good step
+        keep()
         with stopping() as self.asked:
             for step in self.bar:
                 yield step
