@@ -102,7 +102,8 @@ def tokenize(tokenizer, videos, root, out, fps, size, views, name, classes=None,
         return False
     with contextlib.ExitStack() as held:
         by_first(held.enter_context, locked(out))
-        held.enter_context(half_the_cores())
+        held.callback(torch.set_num_threads, threads := torch.get_num_threads())
+        torch.set_num_threads(max(1, min(threads, cores() // 2)))  # ffmpeg's processes need the others
         before = by_first(earlier, out, header, listed, made, fingerprint(tokenizer, ""))
         writer = StoreWriter(out, header, rank)
         decoded = decode_all(todo, lambda path: stream_views(path, fps, size, views, (spans or {}).get(path)), workers)
@@ -120,18 +121,6 @@ def tokenize(tokenizer, videos, root, out, fps, size, views, name, classes=None,
             bar.set_postfix_str(f"{done / (time.perf_counter() - start):.0f} frames/s", refresh=False)
         finish_store(writer, errors, listed, before)
     return True
-
-
-@contextlib.contextmanager
-def half_the_cores():
-    """A context in which torch takes half of this process's cores at most: where ffmpeg's processes and torch's threads
-    both take all, they wait for each other, and a toy video takes half as long again."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(max(1, min(before, cores() // 2)))
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)
 
 
 def earlier(out, header, listed, made, old_fingerprint):
