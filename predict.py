@@ -21,7 +21,7 @@ from plumbing.cli import UserError
 from plumbing.decoding import VideoError, printed, read_frames, stream_views
 from plumbing.files import try_folder
 from plumbing.pictures import draw_prediction, save_fill_in
-from plumbing.tokenizing import encode_all, fingerprint
+from plumbing.tokenizing import encoded, fingerprint, joined
 from vqvae import load_tokenizer
 
 
@@ -95,7 +95,7 @@ def each_video(paths, tokenizer, made, views):
     read = 0
     for path in paths:
         try:
-            tokens, damage = encode_all(tokenizer, stream_views(path, made["fps"], made["size"], views))
+            tokens, damage = joined(encoded(tokenizer, stream_views(path, made["fps"], made["size"], views)))
         except VideoError as error:
             print(f"skipped {error}")
             continue

@@ -51,12 +51,36 @@ def encode(tokenizer, frames, batch=256):
     return torch.cat([tokenizer.encode(part) for part in parts]).unflatten(0, frames.shape[:2]).cpu().numpy()
 
 
-def encode_all(tokenizer, pieces, batch=256):
-    """The pieces of one video, of `decoding.stream_views` -> uint16 (views, F, H, W), what is wrong with it or None."""
-    parts, damage = [], None
+def encoded(tokenizer, pieces, batch=256):
+    """The pieces of one video, of `decoding.stream_views` -> its tokens, as they come: uint16 (views, f, H, W), what is
+    wrong with the file or None."""
     for frames, damage in pieces:  # (views, f, S, S, 3)
-        parts.append(encode(tokenizer, frames, batch).astype(np.uint16))
-    return np.concatenate(parts, axis=1), damage
+        yield encode(tokenizer, frames, batch).astype(np.uint16), damage
+
+
+def joined(pieces):
+    """What `encoded` gives -> uint16 (views, F, H, W), what is wrong with the file or None."""
+    tokens, damage = zip(*pieces)
+    return np.concatenate(tokens, axis=1), damage[-1]
+
+
+def encode_all(tokenizer, videos, read, workers, batch):
+    """Decodes and encodes videos (paths), several at a time, in order -> yields (path, what `encoded` gives of it).
+
+    read: path -> what `stream_views` gives. On a GPU one thread encodes for all. On a CPU each thread that waits for an
+    ffmpeg also encodes what that gives, with its share of cores and batch, so that no core is idle, or waits for
+    another, whichever of the two takes longer.
+    """
+    if next(tokenizer.parameters()).device.type != "cpu":
+        for path, pieces in decode_all(videos, read, workers):
+            yield path, encoded(tokenizer, pieces, batch)
+        return
+    at_once, threads = max(1, min(workers or cores(), cores(), len(videos))), torch.get_num_threads()
+    torch.set_num_threads(max(1, threads // at_once))
+    try:
+        yield from decode_all(videos, lambda path: encoded(tokenizer, read(path), max(1, batch // at_once)), workers)
+    finally:
+        torch.set_num_threads(threads)
 
 
 def psnr(error):
@@ -102,16 +126,15 @@ def tokenize(tokenizer, videos, root, out, fps, size, views, name, classes=None,
         return False
     with contextlib.ExitStack() as held:
         by_first(held.enter_context, locked(out))
-        held.callback(torch.set_num_threads, threads := torch.get_num_threads())
-        torch.set_num_threads(max(1, min(threads, cores() // 2)))  # ffmpeg's processes need the others
         before = by_first(earlier, out, header, listed, made, fingerprint(tokenizer, ""))
         writer = StoreWriter(out, header, rank)
-        decoded = decode_all(todo, lambda path: stream_views(path, fps, size, views, (spans or {}).get(path)), workers)
+        found = encode_all(tokenizer, todo, lambda path: stream_views(path, fps, size, views, (spans or {}).get(path)),
+                           workers, batch)
         errors, start, done = [], time.perf_counter(), 0
-        bar = progress(decoded, "tokenising", len(todo), " videos", show=rank == 0 and bool(todo))
+        bar = progress(found, "tokenising", len(todo), " videos", show=rank == 0 and bool(todo))
         for path, pieces in bar:
             try:
-                tokens, damage = encode_all(tokenizer, pieces, batch)  # (views, F, H, W)
+                tokens, damage = joined(pieces)  # (views, F, H, W)
             except VideoError as error:
                 errors.append(str(error))
                 continue
