@@ -253,7 +253,7 @@ class TokenizeConfig:
     out: str = option("tokens", "folder of the token store")
     frame_size: int = option(128, "frame side in pixels, of which a token covers 8 x 8", multiple=8, most=2048)
     fps: float = option(0.0, "frames a second to keep (0: 2 for the view pretrain, else 16)", least=0, most=1000)
-    workers: int = option(0, "ffmpeg processes (0: one a core)", least=0, most=512)
+    workers: int = option(0, "ffmpeg processes (0: one a core and one more, the most)", least=0, most=512)
     batch: int = option(256, "frames a batch of the tokenizer (of more than 128 x 128 pixels: fewer)", least=1)
     device: str = option("auto", "where to compute", choices=["auto", "cuda", "mps", "cpu"])
 

@@ -172,13 +172,19 @@ def cores():
     return max(1, count // int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
 
 
+def most_at_once(workers=None):
+    """How many ffmpeg processes run at a time where so many are asked for: at most one a core and one more, as each
+    waits now and then."""
+    return min(workers or cores() + 1, cores() + 1)
+
+
 def decode_all(paths, read, workers=None):
     """Decodes files with several ffmpeg processes at a time, in order -> yields (path, its pieces).
 
     read: path -> what `stream_views` gives; its errors come out of the pieces. Those of a video are taken, all, before
-    the next video. workers: how many at a time, at most one a core. Of frames WAITING bytes a worker wait in all.
+    the next video. workers: how many at a time, at most `most_at_once`. Of frames WAITING bytes a worker wait in all.
     """
-    workers = min(workers or cores(), cores())
+    workers = most_at_once(workers)
     ahead, videos = _Ahead(read, workers), deque()
     try:
         for path in paths:

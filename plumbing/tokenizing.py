@@ -13,7 +13,7 @@ import numpy as np
 import torch
 
 from plumbing.cli import progress
-from plumbing.decoding import VideoError, cores, decode_all, stream_views
+from plumbing.decoding import VideoError, decode_all, most_at_once, stream_views
 from plumbing.files import locked, write_text
 from plumbing.processes import by_first, from_all, rank_and_world, say, share, wait_for_all
 from plumbing.store import check_header, read_header
@@ -75,7 +75,7 @@ def encode_all(tokenizer, videos, read, workers, batch):
         for path, pieces in decode_all(videos, read, workers):
             yield path, encoded(tokenizer, pieces, batch)
         return
-    at_once, threads = max(1, min(workers or cores(), cores(), len(videos))), torch.get_num_threads()
+    at_once, threads = max(1, min(most_at_once(workers), len(videos))), torch.get_num_threads()
     torch.set_num_threads(max(1, threads // at_once))
     try:
         yield from decode_all(videos, lambda path: encoded(tokenizer, read(path), max(1, batch // at_once)), workers)

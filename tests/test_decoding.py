@@ -172,8 +172,8 @@ def test_an_error_that_is_no_video_s_fault_is_not_passed_over():
             list(pieces)
 
 
-def test_no_more_files_are_read_at_once_than_there_are_cores(monkeypatch):
-    monkeypatch.setattr(decoding, "cores", lambda: 3)
+def test_no_more_files_are_read_at_once_than_there_are_cores_and_one(monkeypatch):
+    monkeypatch.setattr(decoding, "cores", lambda: 2)
     now, most, lock = [0], [0], threading.Lock()
 
     def read(number):

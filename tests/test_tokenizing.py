@@ -5,6 +5,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import threading
 import time
 from datetime import timedelta
 from pathlib import Path
@@ -127,6 +128,22 @@ def test_no_more_pixels_are_encoded_at_once_and_the_tokens_are_the_same(tmp_path
     views = read_views(place / "videos/z.mp4", 8, 256, data.views_for("train", 256))
     for view in (0, 5, 11):
         assert np.array_equal(store.tokens(0, view), encode(tokenizer, torch.from_numpy(views[view])).numpy())
+
+
+def test_on_a_cpu_videos_are_encoded_side_by_side(tmp_path, place, tokenizer, monkeypatch):
+    names, threads = ["0.mp4", "z.mp4"], torch.get_num_threads()
+    alone = by_hand(tokenizer, place, tmp_path / "alone", names=names)
+    both, batches, encode = threading.Barrier(2), [], tokenizing.encode
+
+    def meet(tokenizer, frames, batch):
+        both.wait(timeout=60)  # until the other video is there
+        batches.append(batch)
+        return encode(tokenizer, frames, batch)
+    monkeypatch.setattr(tokenizing, "encode", meet)
+    monkeypatch.setattr(decoding, "cores", lambda: 2)
+    store = by_hand(tokenizer, place, tmp_path / "both", names=names)
+    assert all(np.array_equal(store.tokens(i), alone.tokens(i)) for i in range(2))
+    assert batches == [128, 128] and torch.get_num_threads() == threads  # together as much memory as before
 
 
 def test_the_header_says_what_the_tokens_are(tmp_path, place, tokenizer):
