@@ -26,6 +26,7 @@ import data
 import predict
 from plumbing import checkpoints, processes, runs
 from plumbing.cli import UserError, option, parse, progress, run
+from plumbing.decoding import cores
 from plumbing.files import lock
 from plumbing.fitting import fit, memory_explained, slices
 from plumbing.pictures import draw_confusion, draw_curves
@@ -142,7 +143,7 @@ def evaluate(model, store, config, device, precision):
     clips = data.EvenClips(store, model.backbone.config.frames, data.stride_for(store, config.fps), config.clips)
     own = processes.share(range(len(store)), rank, world)
     at_once = max(1, 64 // (store.views * config.clips))  # videos
-    loader = DataLoader(clips, batch_size=at_once, sampler=own, num_workers=config.workers)
+    loader = DataLoader(clips, batch_size=at_once, sampler=own, num_workers=min(config.workers, cores()))
     result = torch.zeros(len(store), model.classifier.out_features, device=device)
     for i, batch in enumerate(progress(loader, "testing", len(loader), " batches", show=rank == 0)):
         with processes.autocast(device, precision):
@@ -192,7 +193,7 @@ def train(config, model, store, labels, device, tokens=None):
     training = runs.Run(config, model, len(videos), epochs, BETAS, device, tokens or predict.origin(store))
     samples = data.RandomClips(store, labels, shape.frames, data.stride_for(store, config.fps), config.seed)
     batches = data.Batches(videos, config.batch, training.steps, training.first, config.seed, rank, world)
-    loader = iter(DataLoader(samples, batch_sampler=batches, num_workers=config.workers))
+    loader = iter(DataLoader(samples, batch_sampler=batches, num_workers=min(config.workers, cores())))
     pad = store.header["vocab_size"] + PAD
     for step in training.each_step("fine-tuning"):
         clips, truth = next(loader)  # (n, T, H, W), (n,)

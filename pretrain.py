@@ -27,6 +27,7 @@ import vqvae
 from contrastive import ProjectionHead, cached_gradients, contrastive_loss, join, with_gradients
 from plumbing import checkpoints, processes, released, runs
 from plumbing.cli import UserError, option, parse, run
+from plumbing.decoding import cores
 from plumbing.fitting import described, fit, memory_explained, plan, share_out, slices
 from plumbing.processes import rank_and_world, say, seed_all
 from prepare import prepare
@@ -34,8 +35,8 @@ from transformer import TokenHead, TransformerConfig, VideoTransformer, init_wei
 
 PRESETS = {
     "toy": dict(layers=3, dim=64, heads=4, head_dim=16, mlp_dim=256, frame_size=64, fps=8.0, codes=256, dropout=0.0,
-                min_stride=2, max_stride=4, projection_hidden=128, projection_layers=2, batch=32, contrast=0, lr=4e-3,
-                alpha=0.5, steps=320, tokenizer_steps=600, log_every=20, knn=20, knn_every=80, workers=0),
+                min_stride=2, max_stride=4, projection_hidden=128, projection_layers=2, batch=32, contrast=0, alpha=0.5,
+                lr=4e-3, steps=320, tokenizer_steps=600, log_every=20, save_every=80, knn=20, knn_every=80, workers=0),
     "small": {},  # the defaults below: Table 3 and the second column of Table 4
     "base": dict(layers=12, dim=768, heads=12, mlp_dim=3072),
     "large": dict(layers=24, dim=1024, heads=16, head_dim=32, projection_hidden=4096, projection_layers=3, epochs=100.0,
@@ -285,7 +286,7 @@ def train(config, model, store, device, monitor_folder, tokenizer_path=None):
                         resize=resize_table, resume_from=config.resume_from,
                         init=config.init and partial(initialise, model, config.init))
     batches = data.Batches(videos, config.batch, training.end, training.first, config.seed, rank, world)
-    loader = iter(DataLoader(config.pairs(store), batch_sampler=batches, num_workers=config.workers))
+    loader = iter(DataLoader(config.pairs(store), batch_sampler=batches, num_workers=min(config.workers, cores())))
 
     def watch(step):
         with torch.compiler.set_stance("force_eager"):  # not worth a compilation for each of its shapes

@@ -289,7 +289,7 @@ def tokenize_command(config):
 
 
 def main():
-    if sys.argv[1:2] == ["check"] and len(sys.argv) == 3:
+    if sys.argv[1:2] == ["check"] and len(sys.argv) == 3 and not sys.argv[2].startswith("-"):
         return print(check_tokens(data.TokenStore(sys.argv[2])))
     command, config = parse_command({"train": TrainConfig, "tokenize": TokenizeConfig}, __doc__)
     {"train": train_command, "tokenize": tokenize_command}[command](config)

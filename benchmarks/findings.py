@@ -4,7 +4,7 @@
     python benchmarks/findings.py --only 7 8      these alone
     python benchmarks/findings.py --tune          the fine-tuning rates, on the validation split
     python benchmarks/findings.py --show          runs nothing: what has been measured so far
-    python benchmarks/findings.py --full          the toy preset's own size, 800 steps: a night, or a GPU
+    python benchmarks/findings.py --full          the toy preset's layers and width, 800 steps: a night, or a GPU
 
 An experiment is a pre-training, then a fine-tuning for each task with few labels; tables share those that they have in
 common. Each is written to findings.jsonl as soon as it ends, with its settings, seed, seconds, commit and versions, so

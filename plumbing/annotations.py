@@ -58,8 +58,8 @@ def list_videos(dataset, root, split):
         example = f", such as {listed[0][0]}" if listed else ""
         raise UserError(f"none of the {len(listed)} videos listed for {split} is below {root}{example}")
     if len(found) < len(listed):
-        print(f"{dataset} {split}: {len(listed) - len(found)} of {len(listed)} listed videos are not on this disk",
-              file=sys.stderr)
+        print(f"{dataset} {split}: {len(listed) - len(found)} of {len(listed)} listed videos are not on this disk, "
+              f"such as {next(path for path, _ in listed if not os.path.isfile(path))}", file=sys.stderr)
     return found
 
 

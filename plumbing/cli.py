@@ -113,12 +113,12 @@ def parse(config_class, argv, description, presets=None, chosen_by="preset", pro
 def parse_command(config_classes, description):
     """The command line of a script with several commands, {name: configuration class} -> name, configuration."""
     script, asked = Path(sys.argv[0]).name, sys.argv[1] if len(sys.argv) > 1 else ""
-    if asked in ("-h", "--help"):
+    if asked not in config_classes and {"-h", "--help"} & {*sys.argv}:
         print(description)
         sys.exit(0)
     if asked not in config_classes:
         raise UserError(f"say what to do: {' or '.join(f'{script} {name}' for name in config_classes)} "
-                        f"(--help after either shows its flags)")
+                        f"(--help shows all, after one of them its flags)")
     return asked, parse(config_classes[asked], sys.argv[2:], description, prog=f"{script} {asked}")
 
 

@@ -183,7 +183,7 @@ class Run:
         for path in self.out.glob("*.new.json*"):
             path.unlink()
         self.bar.close()
-        say(f"stopped before the first checkpoint: the earlier run in {self.out} is as it was")
+        say(f"stopped before the first checkpoint: {self.out} is as it was, and --resume goes on with the earlier run")
         leave_group()
         sys.exit(self.stop or sum(self.asked))
 
