@@ -179,7 +179,7 @@ def load_tokenizer(path):
 
 def train_tokenizer(frames, codes, steps, batch, lr, seed, device, look=None):
     """Trains on uint8 frames (N, S, S, 3) by reconstruction error + 0.25 x commitment loss -> VQVAE. Raises UserError
-    where that goes to infinity. look: a function that is shown it after a quarter of the steps."""
+    where that goes to infinity. look: a function that is shown it after a twentieth of the steps."""
     seed_all(seed)
     tokenizer = VQVAE(codes).to(device).train()
     optimizer = torch.optim.AdamW(tokenizer.parameters(), lr=lr, weight_decay=0)
@@ -193,7 +193,7 @@ def train_tokenizer(frames, codes, steps, batch, lr, seed, device, look=None):
         optimizer.step()
         if step % 20 == 0:
             bar.set_postfix_str(f"PSNR {psnr(error.item()):.1f} dB, {len(index.unique())} codes", refresh=False)
-        if look and step == steps // 4:
+        if look and step == steps // 20:
             look(tokenizer, f"step {step} of {steps}")
     with torch.no_grad():
         error, commitment, _ = tokenizer.eval()(frames[:batch].to(device))  # with the last step's weights
