@@ -10,9 +10,8 @@ import sys
 from pathlib import Path
 
 from plumbing.cli import UserError
-from plumbing.decoding import VIDEO_ENDINGS
+from plumbing.decoding import VIDEO_ENDINGS, printed
 
-NONE = type(None)
 THREE = ("train1", "test1", "train2", "test2", "train3", "test3")
 DATASETS = {"folder": (), "list": (), "howto100m": (), "ucf101": THREE, "hmdb51": THREE, "diving48": ("train", "test"),
             "ssv2": ("train", "val", "test"), "kinetics400": ("train", "val", "test")}  # name: its splits
@@ -55,11 +54,11 @@ def list_videos(dataset, root, split):
         listed[place] = path, number
     found = [(str(path), label) for path, label in listed if os.path.isfile(path)]
     if not found:
-        example = f", such as {listed[0][0]}" if listed else ""
+        example = f", such as {printed(listed[0][0])}" if listed else ""
         raise UserError(f"none of the {len(listed)} videos listed for {split} is below {root}{example}")
     if len(found) < len(listed):
         print(f"{dataset} {split}: {len(listed) - len(found)} of {len(listed)} listed videos are not on this disk, "
-              f"such as {next(path for path, _ in listed if not os.path.isfile(path))}", file=sys.stderr)
+              f"such as {printed(next(path for path, _ in listed if not os.path.isfile(path)))}", file=sys.stderr)
     return found
 
 
@@ -94,8 +93,8 @@ def frame_spans(dataset, root, split):
     if dataset != "diving48":
         return {}
     return {str(Path(root) / "rgb" / f"{entry['vid_name']}.mp4"): (entry["start_frame"], entry["end_frame"])
-            for entry in _entries(root, f"Diving48_V2_{split}.json", vid_name=str, start_frame=(int, NONE),
-                                  end_frame=(int, NONE))
+            for entry in _entries(root, f"Diving48_V2_{split}.json", vid_name=str, start_frame=int | None,
+                                  end_frame=int | None)
             if None not in (entry.get("start_frame"), entry.get("end_frame"))
             and 0 <= entry["start_frame"] < entry["end_frame"]}
 
@@ -152,7 +151,7 @@ def _json(root, kind, *names):
 
 
 def _entries(root, *names, **fields):
-    """A JSON file's records, each with the fields, {name: type or types} -> [dict]."""
+    """A JSON file's records, each with the fields, {name: type} -> [dict]."""
     entries = _json(root, list, *names)
     for number, entry in enumerate(entries, 1):
         for key, kind in fields.items():
@@ -189,8 +188,8 @@ def _hmdb51(root, split):
 
 def _ssv2(root, split):
     name = {"train": "train", "val": "validation", "test": "test"}[split]
-    entries = _entries(root, f"{name}.json", f"something-something-v2-{name}.json", id=(str, int),
-                       template=(str, NONE))  # the test split has no templates
+    entries = _entries(root, f"{name}.json", f"something-something-v2-{name}.json", id=str | int,
+                       template=str | None)  # the test split has no templates
     classes = [(entry.get("template") or "").replace("[", "").replace("]", "") or None for entry in entries]
     return [(root / f"20bn-something-something-v2/{entry['id']}.webm", name) for entry, name in zip(entries, classes)]
 

@@ -23,6 +23,8 @@ def run(main):
         raise KeyboardInterrupt(signal.SIGTERM)  # so that what is half written is removed
 
     signal.signal(signal.SIGTERM, terminate)
+    if hasattr(sys.stdout, "reconfigure"):  # a notebook's has not
+        sys.stdout.reconfigure(errors="backslashreplace")  # names of files may be any bytes, a terminal ASCII
     try:
         main()
     except UserError as error:
@@ -114,8 +116,7 @@ def parse_command(config_classes, description):
     """The command line of a script with several commands, {name: configuration class} -> name, configuration."""
     script, asked = Path(sys.argv[0]).name, sys.argv[1] if len(sys.argv) > 1 else ""
     if asked not in config_classes and {"-h", "--help"} & {*sys.argv}:
-        print(description)
-        sys.exit(0)
+        sys.exit(print(description))
     if asked not in config_classes:
         raise UserError(f"say what to do: {' or '.join(f'{script} {name}' for name in config_classes)} "
                         f"(--help shows all, after one of them its flags)")

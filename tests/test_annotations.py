@@ -281,6 +281,17 @@ def test_a_name_is_read_to_its_end_whatever_bytes_it_holds(own):
     assert list_videos("list", root, "train") == [(str(root / os.fsdecode(name)), 1) for name in names]
 
 
+def test_a_missing_video_is_named_whatever_bytes_its_name_holds(own, capsys):
+    root = own(train="")
+    (root / "train.txt").write_bytes(b"c.mp4 1\ncaf\xe9.mp4 1\n")
+    assert len(list_videos("list", root, "train")) == 1
+    assert "1 of 2 listed videos are not on this disk, such as" in (said := capsys.readouterr().err)
+    assert said.endswith("caf\\xe9.mp4\n")
+    (root / "train.txt").write_bytes(b"caf\xe9.mp4 1\n")
+    with pytest.raises(UserError, match=r"such as .*caf\\xe9.mp4$"):
+        list_videos("list", root, "train")
+
+
 def test_a_split_alone_needs_no_other(own):
     assert [label for _, label in list_videos("list", own(test="e.mp4 3\n"), "test")] == [3]
 

@@ -125,6 +125,13 @@ def test_a_script_of_several_commands_asks_for_one():
     assert done.returncode == 2 and done.stderr.startswith("vqvae.py train: ") and "many" in done.stderr
 
 
+def test_a_name_of_any_bytes_is_printed():
+    code = "from plumbing.cli import run; run(lambda: print('runs/caf\\udce9'))"
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True,
+                          env={**os.environ, "PYTHONIOENCODING": "utf-8:strict"}, check=False)
+    assert (done.returncode, done.stdout) == (0, "runs/caf\\udce9\n"), done.stderr
+
+
 def test_progress_off_a_terminal_is_lines_and_on_other_processes_nothing(monkeypatch):
     for show in (True, False):
         stderr = io.StringIO()
