@@ -49,15 +49,18 @@ def make(config, device):
         root, sizes = toy.sized(config.toy_videos)
         home, classes, labelled = root, toy.CLASSES, config.monitor or root / "tokens"
     by_first(lock, config.out)  # also tries it, before the long work
-    if not config.videos:
-        by_first(lambda: toy.finished(home) or toy.make(home, sizes))
-        splits = {split: toy.split_videos(home, split) for split in toy.SPLITS}
+    if not config.videos:  # the others once the tokenizer, and so its picture, is there
+        by_first(lambda: toy.finished(home) or toy.make(home, sizes, wanted=["pretrain"]))
+        splits = {"pretrain": toy.split_videos(home, "pretrain")}
     place = Path(config.tokenizer or home / "tokenizer.pt")
     by_first(lambda: place.is_file() or make_tokenizer(config, splits["pretrain"], home, place, device))
     tokenizer, views = vqvae.load_tokenizer(place).to(device), data.views_for("pretrain", config.frame_size)
     if not config.tokenizer and tokenizer.vocab_size != config.codes:
         raise UserError(f"{place} has {tokenizer.vocab_size} codes, not {config.codes}: give --codes "
                         f"{tokenizer.vocab_size}, or delete it and {home / 'tokens'}")
+    if not config.videos:
+        by_first(lambda: toy.finished(home) or toy.make(home, sizes))
+        splits = {split: toy.split_videos(home, split) for split in toy.SPLITS}
     for split, videos in splits.items():
         vqvae.tokenize(tokenizer, videos, root, home / "tokens" / split, config.fps, config.frame_size, views,
                        place.name, classes)

@@ -20,6 +20,7 @@ import sys
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from functools import partial
+from itertools import accumulate
 from pathlib import Path
 from typing import NamedTuple
 
@@ -110,48 +111,50 @@ def write_videos(numbers, folder, seed, world):
     return labels
 
 
-def make(root, splits=None, seed=0, workers=None, world=USUAL):
+def make(root, splits=None, seed=0, workers=None, world=USUAL, wanted=None):
     """Writes the world: root/videos/*.mp4, root/<label set>/<split>.txt and classes.txt, root/toy.json, root/toy.png.
 
-    Whatever stands there already from a whole earlier call is left as it is. Returns root. Raises UserError where that
-    is another world, and where another program is making one there.
+    wanted: the splits to write now (default: all). Whatever split stands there whole is left as it is. Returns root.
+    Raises UserError where a part of another world stands there, and where another program is making one there.
     """
     root, splits, other = Path(root), splits or SPLITS, {"world": world._asdict()} if world != USUAL else {}
     record, asked = root / "toy.json", json.dumps({"seed": seed, "splits": splits, **other})
-    if not finished(root):
-        with locked(root):
-            write_text(record, asked)
-            with whole(root / "toy.png") as file:  # first: something to look at
-                imageio.imwrite(file, picture(seed, world), format="png")
-            print(f"{root / 'toy.png'}: eight videos of the toy world, which is now written", flush=True)
-            with writing(root / "videos"):
-                write_world(root, splits, seed, workers, world)
     found = record.read_text(errors="replace") if record.is_file() else asked  # older worlds do not say
     if found != asked:
         raise UserError(f"{root} was made with {found}, not {asked}: choose another folder or delete it")
+    missing = [split for split in wanted or splits if not finished(root, [split])]
+    if missing:
+        with locked(root):
+            if not record.is_file():
+                with whole(root / "toy.png") as file:  # first: something to look at
+                    imageio.imwrite(file, picture(seed, world), format="png")
+                print(f"{root / 'toy.png'}: eight videos of the toy world, which is now written", flush=True)
+                write_text(record, asked)
+            with writing(root / "videos"):
+                write_splits(root, splits, missing, seed, workers, world)
     return root
 
 
-def finished(root):
-    """Whether a whole world stands there: of all files, this one is written last."""
-    return (Path(root) / list(CLASSES)[-1] / "classes.txt").is_file()
+def finished(root, splits=SPLITS):
+    """Whether splits stand there whole: of a split's files, this one is written last."""
+    return all((Path(root) / list(CLASSES)[-1] / f"{split}.txt").is_file() for split in splits)
 
 
-def write_world(root, splits, seed, workers, world):
+def write_splits(root, splits, missing, seed, workers, world):
     (root / "videos").mkdir(exist_ok=True)
-    total = sum(splits.values())
+    first = dict(zip(splits, accumulate(splits.values(), initial=0)))  # {split: its first video's number}
+    numbers = [number for split in missing for number in range(first[split], first[split] + splits[split])]
     with ProcessPoolExecutor(workers or os.cpu_count()) as pool:
-        groups = [range(first, min(first + 32, total)) for first in range(0, total, 32)]
+        groups = [numbers[i:i + 32] for i in range(0, len(numbers), 32)]
         written = pool.map(partial(write_videos, folder=root / "videos", seed=seed, world=world), groups)
         labels = [label for group in progress(written, "toy videos", len(groups), " x 32 videos") for label in group]
     for name, classes in CLASSES.items():
         (root / name).mkdir(exist_ok=True)
-        start = 0
-        for split, count in splits.items():
-            lines = [f"../videos/{i:05d}.mp4 {labels[i][name]}\n" for i in range(start, start + count)]
-            write_text(root / name / f"{split}.txt", "".join(lines))
-            start += count
         write_text(root / name / "classes.txt", "".join(f"{c}\n" for c in classes))
+        lines = [f"../videos/{number:05d}.mp4 {label[name]}\n" for number, label in zip(numbers, labels)]
+        for split in missing:
+            write_text(root / name / f"{split}.txt", "".join(lines[:splits[split]]))
+            del lines[:splits[split]]
 
 
 def sized(count):

@@ -1,12 +1,14 @@
 """What pre-training finds is what it was asked for, or it says so before any work."""
 import re
 import shutil
+from pathlib import Path
 
 import pytest
 from conftest import TINY, call, flags, random_store
 
 import pretrain
 import vqvae
+from plumbing.cli import UserError
 from plumbing.store import TokenStore
 
 SHORT = ["--steps", 2, "--tokenizer-steps", 2, *flags(TINY)]
@@ -89,3 +91,14 @@ def test_pictures_that_cannot_be_drawn_cost_a_line_at_the_start(place, write_vid
     said = done.stdout.splitlines()
     assert said[0].startswith("no pictures") and "gone/0.mp4 is not there" in said[0]
     assert (place / "runs/e/last.pt").is_file() and not (place / "runs/e/fill_in.png").exists()
+
+
+def test_the_tokenizer_is_drawn_before_the_toy_s_labelled_videos_are_made(tmp_path, monkeypatch):
+    there = []
+
+    def no_tokenizer(videos, *_, **__):
+        there.extend(sorted(path.name for path in Path(videos[0]).parent.iterdir()))
+        raise UserError("enough")
+    monkeypatch.setattr(vqvae, "make_tokenizer", no_tokenizer)
+    assert "enough" in call(pretrain, "--toy-videos", 40, *SHORT, place=tmp_path).stderr
+    assert there == [f"{number:05d}.mp4" for number in range(40)]

@@ -35,9 +35,25 @@ def test_what_was_interrupted_is_made_again_and_what_is_whole_is_left(tmp_path):
     video = root / "videos/00000.mp4"
     video.write_bytes(b"")
     assert toy.make(root, {"train": 2}, workers=1) == root and video.read_bytes() == b""
-    (root / "appearance/classes.txt").unlink()
+    (root / "appearance/train.txt").unlink()
     toy.make(root, {"train": 2}, workers=1)
     assert len(data.read_frames(video, toy.FPS, toy.SIZE)) == toy.FRAMES
+
+
+def test_a_world_written_split_by_split_is_the_one_written_at_once(tmp_path):
+    split_by_split, at_once = (tmp_path / "a", tmp_path / "b")
+    for split in ("val", "pretrain"):
+        toy.make(split_by_split, SPLITS, workers=1, wanted=[split])
+        assert toy.finished(split_by_split, [split]) and not toy.finished(split_by_split)
+    with pytest.raises(UserError, match="was made with"):
+        toy.make(split_by_split, SPLITS, seed=1, workers=1)
+    for root in (split_by_split, at_once):
+        toy.make(root, SPLITS, workers=1)
+        assert toy.finished(root)
+    files = [sorted(path.relative_to(root) for path in root.rglob("*")) for root in (split_by_split, at_once)]
+    assert files[0] == files[1]
+    for file in files[0]:
+        assert (split_by_split / file).is_dir() or (split_by_split / file).read_bytes() == (at_once / file).read_bytes()
 
 
 def test_a_world_of_another_seed_is_not_taken_for_this_one(tmp_path):
