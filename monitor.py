@@ -94,15 +94,16 @@ def report(config, model, store, tokenizer=None):
         "masked-token accuracy, share": {"training": "mask_accuracy", "held out": "held_out_mask_accuracy"},
         "contrastive loss, gamma x nats": {"training": "contrastive_loss", "held out": "held_out_contrastive_loss"},
         "kNN accuracy, share": {name.removeprefix("knn_"): name for name in names}})
-    prefix = "held_out_" * (len(held_out) > 0 and any("held_out_mask_accuracy" in record for record in records))
-    for m in [record for record in records if f"{prefix}mask_accuracy" in record][-1:]:
-        accuracy, contrast = 100 * m[f"{prefix}mask_accuracy"], m[f"{prefix}contrastive_loss"]
-        where = f"{len(held_out)} held-out" if prefix else "training"
-        print(f"mask accuracy {accuracy:.1f}%  contrastive loss {contrast:.3f}  ({where} videos)")
+    prefix = "held_out_" * (len(held_out) > 0 and any("held_out_loss" in record for record in records))
+    for m in [record for record in records if f"{prefix}loss" in record][-1:]:
+        said = [text.format(m[name]) for text, name in (("mask accuracy {:.1%}  ", f"{prefix}mask_accuracy"),
+                                                        ("contrastive loss {:.3f}  ", f"{prefix}contrastive_loss"))
+                if name in m]  # not of a task that was not trained
+        print(f"{''.join(said)}({f'{len(held_out)} held-out' if prefix else 'training'} videos)")
     for name in names:
         values = [record[name] for record in records if name in record]
         print(f"kNN on {name.removeprefix('knn_')}: {100 * values[-1]:.1f}% (untrained: {100 * values[0]:.1f}%)")
-    drawn = tokenizer and draw_fill_in(config, model, store, tokenizer, len(held_out))
+    drawn = tokenizer and config.mask_weight and draw_fill_in(config, model, store, tokenizer, len(held_out))
     print(f"{config.out}: last.pt, metrics.jsonl, curves.png{', fill_in.png, fill_in.gif' if drawn else ''}")
 
 

@@ -193,9 +193,11 @@ class Vimpac(nn.Module):
 
 
 def measures(config, mask, accuracy, contrast):
-    """Eq. 6 and its parts -> {name: scalar}. contrastive_loss is gamma * L_cl, as in the paper's tables."""
-    return {"loss": config.mask_weight * mask + config.alpha * contrast, "mask_loss": mask, "mask_accuracy": accuracy,
-            "contrastive_loss": contrast}
+    """Eq. 6 and those of its parts that are trained -> {name: scalar}. contrastive_loss is gamma * L_cl, as in the
+    paper's tables."""
+    found = {"loss": config.mask_weight * mask + config.alpha * contrast}
+    found |= {"mask_loss": mask, "mask_accuracy": accuracy} if config.mask_weight else {}
+    return found | ({"contrastive_loss": contrast} if config.alpha else {})
 
 
 @torch.no_grad()
@@ -298,13 +300,15 @@ def train(config, model, store, device, monitor_folder, tokenizer_path=None):
             training.write(step=step, **found)
         model.train()
 
+    shown = ("mask {mask_accuracy:.1%} " * bool(config.mask_weight)
+             + "contrast {contrastive_loss:.3f}" * bool(config.alpha))
     with memory_explained(config):
         if training.first == 0:
             watch(0)
         for step in training.each_step("pre-training"):
             found, lr = update(training.wrapped, config, next(loader), store.header["vocab_size"], training.optimizer,
                                precision, step)
-            training.record(step, found, lr, "mask {mask_accuracy:.1%} contrast {contrastive_loss:.3f}")
+            training.record(step, found, lr, shown)
             if training.due(step, config.knn_every):
                 watch(step + 1)
 

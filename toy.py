@@ -33,7 +33,7 @@ from plumbing.cli import UserError, option, parse, progress, run
 from plumbing.files import locked, whole, write_text, writing
 
 SIZE, FRAMES, FPS = 64, 32, 8
-SPLITS = {"pretrain": 2000, "train": 400, "val": 300, "test": 500}  # pretrain: its labels are never used
+SPLITS = {"pretrain": 2000, "train": 400, "val": 300, "test": 500}  # pre-training uses no labels
 MOTIONS = ("sideways", "up-and-down", "spin", "scale")
 DIRECTIONS = ("right", "left", "down", "up", "clockwise", "anticlockwise", "grow", "shrink")
 SHAPES = ("square", "triangle", "cross", "bar")

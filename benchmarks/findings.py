@@ -90,6 +90,10 @@ TABLES = {
          ("and on the spatial one", "appearance", "both", "none"),
          ("alone, masks help more than contrastive learning: temporal task", "motion", "mask only", "contrastive only"),
          ("and spatial task", "appearance", "mask only", "contrastive only"),
+         ("masks alone are above none: temporal task", "motion", "mask only", "none"),
+         ("and spatial task", "appearance", "mask only", "none"),
+         ("contrastive learning alone is above none: temporal task", "motion", "contrastive only", "none"),
+         ("and spatial task", "appearance", "contrastive only", "none"),
          ("masks add to contrastive learning on the temporal task", "motion", "both", "contrastive only"),
          ("contrastive learning adds to masks on the spatial task", "appearance", "both", "mask only")), recipe="long"),
     "8": Table(
@@ -127,7 +131,8 @@ TABLES = {
         ("n = 128: C 1.06, UCF101 69.4", "n = 256: C 1.30, UCF101 69.2", "n = 512: C 1.56, UCF101 70.4",
          "n = 1024: C 1.86, UCF101 69.8"),
         (("the more, the higher the loss", "contrastive loss", "n = 128", "n = 16"),
-         ("with little change in fine-tuning: spatial task", "appearance", "n = 128", "n = 16"))),
+         ("(asked here) and the better the fine-tuning: spatial task", "appearance", "n = 128", "n = 16")),
+        ("mask accuracy", "contrastive loss", "kNN appearance", "motion", "appearance")),
     "12": Table(
         "Whether the clips told apart are masked",
         {"contrastive only, whole": CONTRAST, "contrastive only, masked": dict(mask_weight=0.0),
@@ -135,7 +140,8 @@ TABLES = {
         ("UCF101 57.1", "UCF101 55.5", "UCF101 67.4", "UCF101 69.4"),
         (("alone, whole clips teach more", "appearance", "contrastive only, whole", "contrastive only, masked"),
          ("with the mask task, masked ones do", "appearance", "both tasks, masked", "both tasks, whole"),
-         ("(asked here) temporal task", "motion", "both tasks, masked", "both tasks, whole"))),
+         ("(asked here) temporal task", "motion", "both tasks, masked", "both tasks, whole")),
+        ("mask accuracy", "contrastive loss", "kNN appearance", "motion", "appearance")),
     "13": Table(
         "Attention layouts", {"TxHxW": dict(layout="TxHxW"), "T,HxW": dict(layout="T,HxW"),
                               "T,H,W": dict(layout="T,H,W"), "T,H|W": BOTH,
@@ -199,7 +205,7 @@ def pretrained(changes, seed, recipe, out, device):
     """Pre-trains, or for None starts a model -> its figures on the held-out videos, its clips' frames a second."""
     usual = {**pretrain.PRESETS["toy"], **recipe}
     recipe = {**usual, **({"steps": 1} if changes is None else changes)}
-    if recipe["batch"] != usual["batch"]:  # about as many videos in all
+    if recipe["batch"] != usual["batch"]:  # as many videos in all, but for at least 40 steps
         recipe["steps"] = max(40, 10 * math.ceil(usual["steps"] * usual["batch"] / recipe["batch"] / 10))
     config = parse(pretrain.Config, flags(dict(
         recipe, seed=seed, out=out, micro_batch=recipe["batch"], knn_every=recipe["steps"], save_every=recipe["steps"],
@@ -212,7 +218,7 @@ def pretrained(changes, seed, recipe, out, device):
     start = seconds(device)
     pretrain.train(config, model, store, device, HOME / "tokens")
     took = seconds(device) - start
-    last = [record for record in read_metrics(out) if "held_out_mask_accuracy" in record][-1]
+    last = [record for record in read_metrics(out) if "held_out_loss" in record][-1]
     found = {"seconds": round(took, 1), "speed": config.steps * config.batch / took,
              "copied": copied(config, store),
              **{f"kNN {name}": 100 * last[f"knn_{name}"] for name in ("motion", "appearance", "direction")}}
@@ -424,7 +430,7 @@ def draw(number, seeds, recipe):
                 axis.errorbar(np.mean(found), i, xerr=np.std(found, ddof=1) if len(found) > 1 else 0, fmt="o",
                               color="#0072B2", capsize=3)
         units = {"contrastive loss": "gamma x nats", "speed": "videos/s", "mask accuracy": "% of hidden tokens",
-                 "copied": "% of hidden tokens"}
+                 "copied": "% of hidden tokens", "kNN appearance": "% of other videos"}
         axis.set(title=name, xlabel=units.get(name, f"top-1 in %, {TASKS.get(name)} labels"))
         axis.set_yticks(range(len(table.rows)), list(table.rows))
         axis.margins(x=0.1, y=0.15)
@@ -466,7 +472,7 @@ def main():
     parser.add_argument("--only", nargs="+", choices=TABLES, default=list(TABLES), metavar="TABLE",
                         help=f"tables: {', '.join(TABLES)} (default: all)")
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2], metavar="SEED", help="default: 0 1 2")
-    parser.add_argument("--full", action="store_true", help="the toy preset's own layers, batch and steps")
+    parser.add_argument("--full", action="store_true", help="the toy preset's sizes and batch, 800 steps, alpha 1")
     parser.add_argument("--show", action="store_true", help="run nothing: print and draw what is there")
     parser.add_argument("--tune", action="store_true", help="print fine-tuning rates on the validation split, no more")
     asked = parser.parse_args()
