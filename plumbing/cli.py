@@ -1,5 +1,6 @@
 """A configuration dataclass -> flags with help, ranges, errors of one line; and progress bars."""
 import argparse
+import difflib
 import math
 import operator
 import signal
@@ -104,7 +105,10 @@ def parse(config_class, argv, description, presets=None, chosen_by="preset", pro
             parser.add_argument(flag(f), type=kind, default=f.default, choices=f.metadata["choices"], help=text,
                                 metavar=None if f.metadata["choices"] else kind.__name__.upper())
     parser.set_defaults(**chosen)
-    args = parser.parse_args(argv)
+    args, unknown = parser.parse_known_args(argv)
+    if unknown:
+        near = difflib.get_close_matches(unknown[0].split("=")[0], [flag(f) for f in fields(config_class)], 1)
+        parser.error(f"unrecognized arguments: {' '.join(unknown)}{f' (do you mean {near[0]}?)' if near else ''}")
     try:
         check_ranges(config_class, vars(args))
         return config_class(**vars(args))
