@@ -160,15 +160,15 @@ def glibc(function, *arguments):
 
 
 def keep():
-    """Lets glibc keep what is freed, up to 32 MB in one piece: by itself it gives the system much of it at every step and
-    takes it again, a twentieth of a toy step's time. What it cannot use again grows, so `give_back` every ten seconds."""
+    """Lets glibc keep what is freed, up to 32 MB in one piece: by itself it gives the system much of it at every step
+    and takes it again, a twentieth of a toy step's time. What it cannot use again grows: hence `give_back`."""
     for parameter, value in ((-3, 2**25), (-1, 2**31 - 1)):  # M_MMAP_THRESHOLD, M_TRIM_THRESHOLD
         glibc("mallopt", parameter, value)
 
 
 def give_back():
-    """Gives the system what glibc keeps of freed tensors. Not all of it fits later ones, so that a long training on a CPU
-    would take more and more (the toy 20 MB a step)."""
+    """Gives the system what glibc keeps of freed tensors. Not all of it fits later ones, so that a long training on a
+    CPU would take more and more (the toy 20 MB a step)."""
     glibc("malloc_trim", 0)
 
 
