@@ -1,3 +1,5 @@
+import json
+
 import imageio.v2 as imageio
 import numpy as np
 import pytest
@@ -117,22 +119,23 @@ def test_a_store_of_another_tokenizer_is_refused(tmp_path):
 
 
 def test_the_last_lines_are_the_last_measurements(tmp_path, capsys):
-    trained = ['{"step": 2, "loss": 3, "mask_accuracy": 0.5, "contrastive_loss": 1.0}',
-               '{"step": 4, "loss": 2, "mask_accuracy": 0.625, "contrastive_loss": 0.5}']
-    watched = ['{"step": 0, "held_out_loss": 3, "held_out_mask_accuracy": 0.01, "held_out_contrastive_loss": 1.5, '
-               '"knn_motion": 0.25}', '{"step": 3, "held_out_loss": 2, "held_out_mask_accuracy": 0.125, '
-               '"held_out_contrastive_loss": 0.75, "knn_motion": 0.5}']
-    alone = [[f'{{"step": 4, "held_out_loss": 1, "held_out_{task}": 0.5}}'] for task in ("mask_accuracy",
-                                                                                      "contrastive_loss")]
+    trained = [dict(step=2, loss=3, mask_accuracy=0.5, contrastive_loss=1.0),
+               dict(step=4, loss=2, mask_accuracy=0.625, contrastive_loss=0.5)]
+    watched = [{"step": 0, "held_out_loss": 3, "held_out_mask_accuracy": 0.01, "held_out_contrastive_loss": 1.5,
+                "knn_motion": 0.25},
+               {"step": 3, "held_out_loss": 2, "held_out_mask_accuracy": 0.125, "held_out_contrastive_loss": 0.75,
+                "knn_motion": 0.5}]
+    masks, contrast = ([{"step": 4, "held_out_loss": 1, f"held_out_{task}": 0.5}] for task in ("mask_accuracy",
+                                                                                             "contrastive_loss"))
     training = "mask accuracy 62.5%  contrastive loss 0.500  (training videos)"
     nearest = "kNN on motion: 50.0% (untrained: 25.0%)"
     for lines, held_out, expected in (
             (trained + watched, 3, ["mask accuracy 12.5%  contrastive loss 0.750  (3 held-out videos)", nearest]),
             (trained + watched, 0, [training, nearest]),
-            (trained + alone[0], 3, ["mask accuracy 50.0%  (3 held-out videos)"]),
-            (trained + alone[1], 3, ["contrastive loss 0.500  (3 held-out videos)"]),
+            (trained + masks, 3, ["mask accuracy 50.0%  (3 held-out videos)"]),
+            (trained + contrast, 3, ["contrastive loss 0.500  (3 held-out videos)"]),
             (trained, 3, [training])):  # fewer of them than processes: they were not measured
-        (tmp_path / "metrics.jsonl").write_text("".join(f"{line}\n" for line in lines))
+        (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
         monitor.report(tiny(out=str(tmp_path), held_out=held_out), None, range(30))
         assert capsys.readouterr().out.splitlines()[:-1] == expected
         assert imageio.imread(tmp_path / "curves.png").std() > 5
