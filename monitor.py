@@ -14,7 +14,7 @@ import torch.nn.functional as F
 import data
 import masking
 from plumbing.cli import UserError
-from plumbing.decoding import read_frames
+from plumbing.decoding import printed, read_frames
 from plumbing.pictures import chequered, draw_curves, enlarged, save_fill_in
 from plumbing.processes import one_seed, rank_and_world, sum_over_all
 from plumbing.runs import read_metrics
@@ -104,7 +104,7 @@ def report(config, model, store, tokenizer=None):
         values = [record[name] for record in records if name in record]
         print(f"kNN on {name.removeprefix('knn_')}: {100 * values[-1]:.1f}% (untrained: {100 * values[0]:.1f}%)")
     drawn = tokenizer and config.mask_weight and draw_fill_in(config, model, store, tokenizer, len(held_out))
-    print(f"{config.out}: last.pt, metrics.jsonl, curves.png{', fill_in.png, fill_in.gif' if drawn else ''}")
+    print(f"{printed(config.out)}: last.pt, metrics.jsonl, curves.png{', fill_in.png, fill_in.gif' if drawn else ''}")
 
 
 def draw_fill_in(config, model, store, tokenizer, held_out):

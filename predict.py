@@ -113,6 +113,8 @@ def fill_in(config, model):
     smallest, largest = (numeric(config, trained, name, 1) for name in ("min_stride", "max_stride"))
     stride = max(1, round((smallest + largest) / 2))
     folder, taken = Path(config.checkpoint).parent, []
+    if trained.get("mask_weight") == 0:
+        print(f"{printed(config.checkpoint)} was trained with --mask-weight 0: what it fills in is a guess")
     try_folder(folder)
     for path, (tokens,) in each_video(config.fill_in, tokenizer, made, [(made["size"], "center", False)]):
         clip = monitor.middle_clip(tokens, model.backbone.config, stride)

@@ -31,6 +31,7 @@ import numpy as np
 from plumbing.annotations import list_videos
 from plumbing.cli import UserError, option, parse, progress, run
 from plumbing.files import locked, whole, write_text, writing
+from plumbing.processes import end_with
 
 SIZE, FRAMES, FPS = 64, 32, 8
 SPLITS = {"pretrain": 2000, "train": 400, "val": 300, "test": 500}  # pre-training uses no labels
@@ -144,7 +145,7 @@ def write_splits(root, splits, missing, seed, workers, world):
     (root / "videos").mkdir(exist_ok=True)
     first = dict(zip(splits, accumulate(splits.values(), initial=0)))  # {split: its first video's number}
     numbers = [number for split in missing for number in range(first[split], first[split] + splits[split])]
-    with ProcessPoolExecutor(workers or os.cpu_count()) as pool:
+    with ProcessPoolExecutor(workers or os.cpu_count(), initializer=end_with, initargs=(os.getpid(),)) as pool:
         groups = [numbers[i:i + 32] for i in range(0, len(numbers), 32)]
         written = pool.map(partial(write_videos, folder=root / "videos", seed=seed, world=world), groups)
         labels = [label for group in progress(written, "toy videos", len(groups), " x 32 videos") for label in group]

@@ -217,8 +217,8 @@ def make_tokenizer(videos, path, fps, size, frames, **training):
         draw_tokenizer(tokenizer, held_out[data.spread(8, len(held_out))], picture, f"the tokenizer at {when}")
         say(f"{picture}: what the tokenizer leaves of some frames, at {when}")
     tokenizer = train_tokenizer(frames, **training, look=look)
-    save_tokenizer(tokenizer, path)
     look(tokenizer, "its end")
+    save_tokenizer(tokenizer, path)  # last: where it is, all is
     m = measure(tokenizer, held_out)
     return (f"reconstruction error {m['error']:.4f}, PSNR {m['psnr']:.1f} dB, perplexity {m['perplexity']:.0f}, "
             f"codes used {100 * m['codes_used']:.0f}% (on {len(held_out)} frames held out)"), errors

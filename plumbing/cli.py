@@ -3,6 +3,7 @@ import argparse
 import difflib
 import math
 import operator
+import shlex
 import signal
 import sys
 from dataclasses import MISSING, field, fields
@@ -29,13 +30,20 @@ def run(main):
     try:
         main()
     except UserError as error:
-        line = str(error).splitlines()[-1]  # from a process that loads clips it comes behind its traceback
-        print(f"{Path(sys.argv[0]).name}: {line.removeprefix('plumbing.cli.UserError: ')}", file=sys.stderr)
+        line = str(error).rpartition("plumbing.cli.UserError: ")[2]  # behind a loader process's traceback
+        print(f"{Path(sys.argv[0]).name}: {visible(line.strip())}", file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt as error:
+        for again in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(again, signal.SIG_IGN)
         number = error.args[0] if error.args else signal.SIGINT
         print(f"{Path(sys.argv[0]).name}: stopped by {number.name}", file=sys.stderr)
         sys.exit(128 + number)
+
+
+def visible(text):
+    """A text as one line: what cannot be printed is written as Python writes it."""
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
 
 
 def option(default, help, choices=None, **limits):
@@ -50,7 +58,7 @@ def check_ranges(config_class, values):
         value, limits = values[f.name], f.metadata["limits"]
         if value is None or isinstance(value, (str, tuple, list)):
             continue
-        if not math.isfinite(value):
+        if isinstance(value, float) and not math.isfinite(value):
             raise UserError(f"{flag(f)} must be a number, not {value}")
         multiple = limits.get("multiple", 1)
         if "multiple" in limits and (value < multiple or value % multiple):
@@ -68,7 +76,7 @@ def flag(f):
 class Parser(argparse.ArgumentParser):
     def error(self, message):
         """One line, no usage: with fifty flags the usage would hide what was wrong."""
-        print(f"{Path(self.prog).name}: {message}", file=sys.stderr)
+        print(f"{Path(self.prog).name}: {visible(str(message))}", file=sys.stderr)
         sys.exit(2)
 
 
@@ -100,15 +108,17 @@ def parse(config_class, argv, description, presets=None, chosen_by="preset", pro
         if kind is bool:
             parser.add_argument(flag(f), action=argparse.BooleanOptionalAction, default=f.default, help=text)
         elif kind is tuple:
-            parser.add_argument(flag(f), nargs="+", default=f.default, help=text, metavar="FILE")
+            parser.add_argument(flag(f), nargs="+", action="extend", default=[], help=text, metavar="FILE")
         else:
             parser.add_argument(flag(f), type=kind, default=f.default, choices=f.metadata["choices"], help=text,
                                 metavar=None if f.metadata["choices"] else kind.__name__.upper())
     parser.set_defaults(**chosen)
     args, unknown = parser.parse_known_args(argv)
     if unknown:
-        near = difflib.get_close_matches(unknown[0].split("=")[0], [flag(f) for f in fields(config_class)], 1)
-        parser.error(f"unrecognized arguments: {' '.join(unknown)}{f' (do you mean {near[0]}?)' if near else ''}")
+        names = [flag(f) for f in fields(config_class)] + [f"--no{flag(f)[1:]}" for f in fields(config_class)
+                                                           if f.type is bool]
+        near = difflib.get_close_matches(unknown[0].split("=")[0], names, 1) if unknown[0] != "--" else ()
+        parser.error(f"unrecognized arguments: {shlex.join(unknown)}{f' (do you mean {near[0]}?)' if near else ''}")
     try:
         check_ranges(config_class, vars(args))
         return config_class(**vars(args))

@@ -16,7 +16,7 @@ from numbers import Integral, Real
 import imageio_ffmpeg
 import numpy as np
 
-from plumbing.cli import UserError
+from plumbing.cli import UserError, visible
 
 VIDEO_ENDINGS = (".3gp", ".avi", ".flv", ".m4v", ".mkv", ".mov", ".mp4", ".mpeg", ".mpg", ".ogv", ".ts", ".webm",
                  ".wmv")
@@ -162,8 +162,7 @@ def _damage(name, code, frames, complaints):
 
 def printed(path):
     """A file's name as it may be printed, whatever it holds: one line, UTF-8 -> str."""
-    text = os.fsencode(path).decode(errors="backslashreplace")
-    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
+    return visible(os.fsencode(path).decode(errors="backslashreplace"))
 
 
 def cores():
@@ -205,8 +204,9 @@ class _Ahead:
         self.read, self.most, self.waiting = read, workers * WAITING, 0  # bytes
         self.current, self.closed = None, False  # the pieces that are being taken
         self.jobs, self.changed = queue.SimpleQueue(), threading.Condition()
-        for _ in range(workers):  # daemons: a script that fails does not wait for them
-            threading.Thread(target=self._work, daemon=True).start()
+        self.threads = [threading.Thread(target=self._work, daemon=True) for _ in range(workers)]
+        for thread in self.threads:
+            thread.start()
 
     def start(self, path):
         pieces = queue.SimpleQueue()
@@ -230,6 +230,8 @@ class _Ahead:
             self.closed = True
             self.changed.notify_all()
         self.jobs.put(None)
+        for thread in self.threads:  # one that computes while Python ends would abort it; one that hangs is left
+            thread.join(5)
 
     def _work(self):
         while (job := self.jobs.get()) and not self.closed:

@@ -8,6 +8,7 @@ import numpy as np
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
+from plumbing.files import whole
 from plumbing.runs import read_metrics
 
 matplotlib.rcParams["text.parse_math"] = False  # file names may hold a $
@@ -28,6 +29,11 @@ def draw_lines(axis, lines, **about):
         axis.legend(frameon=False)
 
 
+def save(figure, path, dpi=110, **how):
+    with whole(path) as file:
+        figure.savefig(file, format="png", dpi=dpi, **how)
+
+
 def draw_curves(out, panels):
     """curves.png of a run. panels: {title: {legend: key of metrics.jsonl}}; a panel without any value is left out. A
     title ends with its unit, after a comma."""
@@ -42,7 +48,7 @@ def draw_curves(out, panels):
     for axis, (title, lines) in zip(figure.subplots(1, len(panels), squeeze=False)[0], panels.items()):
         name, _, unit = title.partition(", ")
         draw_lines(axis, lines, title=name, xlabel="step", ylabel=unit)
-    figure.savefig(Path(out) / "curves.png", dpi=110)
+    save(figure, Path(out) / "curves.png")
 
 
 def draw_confusion(truth, predicted, names, path):
@@ -63,7 +69,7 @@ def draw_confusion(truth, predicted, names, path):
                   color="white" if matrix[i, j] > 50 else "black")
     axis.set(xlabel="predicted class", ylabel="true class", title=f"{len(truth)} videos, {100 * right:.1f}% right")
     figure.colorbar(picture, label="% of the true class", fraction=0.046, pad=0.02)
-    figure.savefig(path, dpi=dpi, bbox_inches="tight")
+    save(figure, path, dpi=dpi, bbox_inches="tight")
 
 
 def chequered(frames, holes):
@@ -103,7 +109,7 @@ def draw_tokenizer(tokenizer, frames, path, about):
     draw_grid(figure.subplots(), np.stack([frames, codes, decoded.cpu().numpy()]),
               ("original", "tokens", "after the tokenizer"), range(1, len(frames) + 1), title=about,
               xlabel="frame, held out of training")
-    figure.savefig(path, dpi=110)
+    save(figure, path)
 
 
 def save_fill_in(pictures, names, path, which=""):
@@ -120,7 +126,7 @@ def save_fill_in(pictures, names, path, which=""):
     for axis in figure.axes[videos:]:
         axis.set_axis_off()
     figure.suptitle(f"What the model fills in: the chequered tokens are hidden from it{which}", fontsize=11)
-    figure.savefig(f"{path}.png", dpi=110)
+    save(figure, f"{path}.png")
     imageio.mimsave(f"{path}.gif", [moment(pictures[:, :, t], names, t) for t in range(moments)], duration=400, loop=0)
 
 
@@ -146,4 +152,4 @@ def draw_prediction(frames, tokens, seconds, chances, path, title):
               title=title)
     draw_lines(below, chances, xlabel="seconds, middle of the clip", ylabel="probability, percent", ylim=(-2, 102),
                xlim=(0, max(seconds[-1], 0.1)))
-    figure.savefig(path, dpi=110)
+    save(figure, path)

@@ -5,6 +5,8 @@ import os
 import random
 import signal
 import sys
+import threading
+import time
 import warnings
 from datetime import timedelta
 from pathlib import Path
@@ -58,6 +60,15 @@ def launch(gpus):
         print(f"{Path(sys.argv[0]).name}: process {rank} of {gpus} ended first, with exit code {failure.exitcode}; "
               f"the others were stopped", file=sys.stderr)
         sys.exit(failure.exitcode if failure.exitcode > 0 else 128 - failure.exitcode)
+
+
+def end_with(parent):
+    """Called in a process of a pool: it ends soon after its parent, of that number, even where that was killed."""
+    def watch():
+        while os.getppid() == parent:
+            time.sleep(0.5)
+        os._exit(1)
+    threading.Thread(target=watch, daemon=True).start()
 
 
 @contextlib.contextmanager

@@ -13,7 +13,7 @@ import numpy as np
 import torch
 
 from plumbing.cli import progress
-from plumbing.decoding import VideoError, decode_all, most_at_once, stream_views
+from plumbing.decoding import VideoError, decode_all, most_at_once, printed, stream_views
 from plumbing.files import locked, write_text
 from plumbing.processes import by_first, from_all, rank_and_world, say, share, wait_for_all
 from plumbing.store import check_header, read_header
@@ -130,6 +130,7 @@ def tokenize(tokenizer, videos, root, out, fps, size, views, name, classes=None,
         writer = StoreWriter(out, header, rank)
         found = encode_all(tokenizer, todo, lambda path: stream_views(path, fps, size, views, (spans or {}).get(path)),
                            workers, batch)
+        held.callback(found.close)
         errors, start, done = [], time.perf_counter(), 0
         bar = progress(found, "tokenising", len(todo), " videos", show=rank == 0 and bool(todo))
         for path, pieces in bar:
@@ -185,4 +186,4 @@ def conclude(writer, errors, listed, before):
     partly = f", {len(damaged)} perhaps in part" if damaged else ""
     changes = "" if before is None else (f" ({before[0]} kept, {videos - before[0]} new, "
                                          f"{before[1]} no longer listed)")
-    say(f"{writer.path}: {videos} videos tokenised, {len(errors)} could not be decoded{partly}{changes}")
+    say(f"{printed(writer.path)}: {videos} videos tokenised, {len(errors)} could not be decoded{partly}{changes}")

@@ -46,7 +46,9 @@ def test_flags_win_over_presets_and_presets_over_defaults():
     (["--steps", "many"], "many"), (["--steps", "-1"], "--steps must be at least 0, not -1"),
     (["--lr", "nan"], "--lr must be a number"), (["--lr", "inf"], "--lr"),
     (["--preset", "slwo"], "fast"), (["--step-size", "3"], "--step-size"), (["--step", "3"], "do you mean --steps?"),
-    (["--rseume"], "do you mean --resume?"), (["film.mp4"], "unrecognized arguments: film.mp4"),
+    (["--rseume"], "do you mean --resume?"), (["--no-resum"], "--no-resume?"), (["film.mp4"], "arguments: film.mp4"),
+    (["--", "x"], "unrecognized arguments: "), ([""], "arguments: ''"), (["--x\ny\x1b[31m"], r"--x\ny\x1b[31m"),
+    (["--steps", "-1" + 400 * "0"], "--steps must be at least 0"),
     (["--size", "20"], "multiple of 8, not 20"), (["--size", "0"], "multiple of 8, not 0")])
 def test_a_wrong_value_ends_with_one_line_and_code_2(argv, said, capsys):
     with pytest.raises(SystemExit) as stop:

@@ -212,6 +212,18 @@ def test_of_long_videos_few_frames_wait(monkeypatch):
     assert len(taken) == 160
 
 
+def test_who_takes_no_more_leaves_no_thread_at_work():
+    def read(number):
+        for _ in range(9):
+            time.sleep(0.05)
+            yield np.zeros(2, np.uint8), None
+    before, videos = threading.active_count(), decode_all(range(9), read, 2)
+    next(next(videos)[1])
+    assert threading.active_count() == before + 2
+    videos.close()
+    assert threading.active_count() == before
+
+
 def test_a_script_that_fails_does_not_wait_for_those_ahead():
     program = """
 import numpy as np

@@ -92,6 +92,14 @@ def test_the_fill_in_of_a_file_is_that_of_its_video_in_the_store(tuned):
                                config.clip_fps(store), torch.Generator().manual_seed(5), **config.masks())
     monitor.save_fill_in(expected, ["00002.mp4"], tuned / "expected")
     assert np.array_equal(drawn, imageio.imread(tuned / "expected.png"))
+    content = torch.load(tuned / "runs/toy/last.pt", weights_only=True)
+    content["config"]["mask_weight"] = 0.0
+    (tuned / "runs/unmasked").mkdir()
+    torch.save(content, tuned / "runs/unmasked/last.pt")
+    other = call(pretrain, "--fill-in", VIDEO.format(2), "--fill-in", VIDEO.format(3), "--checkpoint",
+                 "runs/unmasked/last.pt", place=tuned)
+    assert other.stdout.startswith("runs/unmasked/last.pt was trained with --mask-weight 0") and other.returncode == 0
+    assert len(other.stdout.splitlines()) == 3  # both files
     other = call(pretrain, "--fill-in", VIDEO.format(2), "--checkpoint", "runs/tuned/last.pt", place=tuned)
     assert other.returncode == 2 and "fine-tuning" in other.stderr
 

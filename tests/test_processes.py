@@ -1,11 +1,13 @@
 import os
+import subprocess
+import sys
 from types import SimpleNamespace
 from unittest import mock
 
 import numpy as np
 import pytest
 import torch
-from conftest import call
+from conftest import ROOT, call
 
 import finetune
 import pretrain
@@ -120,6 +122,22 @@ def test_more_processes_than_gpus_are_refused_before_anything_starts(tmp_path, m
 
 
 # ---------------------------------------------------------------- seeds
+
+
+def test_a_pool_ends_with_its_parent_even_if_that_is_killed():
+    program = """
+import os, time
+from concurrent.futures import ProcessPoolExecutor
+from plumbing.processes import end_with
+if __name__ == "__main__":
+    with ProcessPoolExecutor(1, initializer=end_with, initargs=(os.getpid(),)) as pool:
+        pool.submit(print, "at work", flush=True).result()
+        time.sleep(600)
+"""
+    parent = subprocess.Popen([sys.executable, "-c", program], cwd=ROOT, stdout=subprocess.PIPE, text=True)
+    assert parent.stdout.readline() == "at work\n"
+    parent.kill()
+    assert parent.communicate(timeout=60)[0] == ""  # its end is that of the last process that could write to it
 
 
 def test_seeds_are_repeated_and_differ_by_every_number():

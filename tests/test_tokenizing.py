@@ -358,6 +358,19 @@ def test_a_damaged_video_is_stored_and_listed_by_every_call(tmp_path, place, tok
         assert f"damaged {line}" in said and "2 videos tokenised, 0 could not be decoded, 1 perhaps in part" in said
 
 
+def test_a_stopped_tokenisation_leaves_no_thread_at_work(tmp_path, tokenizer, write_video, monkeypatch):
+    """Threads that compute while Python ends abort it."""
+    videos = [(str(write_video(tmp_path / f"{i}.mp4", [10 * i] * 24)), {}) for i in range(8)]
+    before = threading.active_count(), torch.get_num_threads()
+
+    def stop(*_):
+        raise KeyboardInterrupt
+    monkeypatch.setattr(tokenizing.StoreWriter, "add", stop)
+    with pytest.raises(KeyboardInterrupt) as held:
+        tokenize(tokenizer, videos, tmp_path, tmp_path / "s", 8.0, 32, [(32, "center", False)], "t.pt", workers=2)
+    assert held.traceback and (threading.active_count(), torch.get_num_threads()) == before
+
+
 def test_names_are_bytes(tmp_path, place, write_video):
     root, names = tmp_path / "videos", [b"caf\xe9.mp4", b"\xe2\x80\xa8 a b.mp4", b"bad\xff.mp4"]
     names = [os.fsdecode(name) for name in names]

@@ -212,6 +212,15 @@ def test_a_tokenizer_that_went_to_infinity_is_not_saved(tmp_path, place, steps, 
     assert not (tmp_path / "t.pt").exists()
 
 
+def test_a_tokenizer_s_file_is_its_last(tmp_path, place, monkeypatch):
+    """A kill before it has all made again, one behind it has lost nothing."""
+    done = []
+    for name in ("draw_tokenizer", "save_tokenizer"):
+        monkeypatch.setattr(vqvae, name, lambda *_, name=name: done.append(name))
+    assert call(vqvae, *train(place), "--out", tmp_path / "t.pt", "--steps", 1, "--batch", 4).returncode == 0
+    assert done == ["draw_tokenizer", "draw_tokenizer", "save_tokenizer"]
+
+
 @pytest.mark.parametrize("weight", ["encoder.1.weight", "codebook.codes", "decoder.0.bias"])
 def test_a_tokenizer_that_is_not_made_of_numbers_is_refused(tmp_path, weight):
     tokenizer = VQVAE(codes=16)
