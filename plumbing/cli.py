@@ -3,6 +3,7 @@ import argparse
 import difflib
 import math
 import operator
+import os
 import shlex
 import signal
 import sys
@@ -37,8 +38,9 @@ def run(main):
         for again in (signal.SIGINT, signal.SIGTERM):
             signal.signal(again, signal.SIG_IGN)
         number = error.args[0] if error.args else signal.SIGINT
-        print(f"{Path(sys.argv[0]).name}: stopped by {number.name}", file=sys.stderr)
-        sys.exit(128 + number)
+        print(f"{Path(sys.argv[0]).name}: stopped by {number.name}", file=sys.stderr, flush=True)
+        sys.stdout.flush()
+        os._exit(128 + number)  # at once: a thread that computes while Python ends would abort it
 
 
 def visible(text):
