@@ -82,6 +82,7 @@ class Table(NamedTuple):
 
 BOTH, MASK, CONTRAST = {}, dict(alpha=0.0), dict(mask_weight=0.0, contrast_on="whole")
 IID = dict(MASK, mask="iid")
+WITH_KNN = ("mask accuracy", "contrastive loss", "kNN appearance", "motion", "appearance")
 TABLES = {
     "7": Table(
         "Which tasks", {"none": None, "contrastive only": CONTRAST, "mask only": MASK, "both": BOTH},
@@ -131,8 +132,7 @@ TABLES = {
         ("n = 128: C 1.06, UCF101 69.4", "n = 256: C 1.30, UCF101 69.2", "n = 512: C 1.56, UCF101 70.4",
          "n = 1024: C 1.86, UCF101 69.8"),
         (("the more, the higher the loss", "contrastive loss", "n = 128", "n = 16"),
-         ("(asked here) and the better the fine-tuning: spatial task", "appearance", "n = 128", "n = 16")),
-        ("mask accuracy", "contrastive loss", "kNN appearance", "motion", "appearance")),
+         ("(asked here) and the better the fine-tuning: spatial task", "appearance", "n = 128", "n = 16")), WITH_KNN),
     "12": Table(
         "Whether the clips told apart are masked",
         {"contrastive only, whole": CONTRAST, "contrastive only, masked": dict(mask_weight=0.0),
@@ -140,8 +140,7 @@ TABLES = {
         ("UCF101 57.1", "UCF101 55.5", "UCF101 67.4", "UCF101 69.4"),
         (("alone, whole clips teach more", "appearance", "contrastive only, whole", "contrastive only, masked"),
          ("with the mask task, masked ones do", "appearance", "both tasks, masked", "both tasks, whole"),
-         ("(asked here) temporal task", "motion", "both tasks, masked", "both tasks, whole")),
-        ("mask accuracy", "contrastive loss", "kNN appearance", "motion", "appearance")),
+         ("(asked here) temporal task", "motion", "both tasks, masked", "both tasks, whole")), WITH_KNN),
     "13": Table(
         "Attention layouts", {"TxHxW": dict(layout="TxHxW"), "T,HxW": dict(layout="T,HxW"),
                               "T,H,W": dict(layout="T,H,W"), "T,H|W": BOTH,
