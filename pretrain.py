@@ -34,9 +34,10 @@ from prepare import prepare
 from transformer import TokenHead, TransformerConfig, VideoTransformer, init_weights, resize_table
 
 PRESETS = {
-    "toy": dict(layers=3, dim=64, heads=4, head_dim=16, mlp_dim=256, frame_size=64, fps=8.0, codes=256, dropout=0.0,
-                min_stride=2, max_stride=4, projection_hidden=128, projection_layers=2, batch=32, contrast=0, alpha=0.5,
-                lr=4e-3, steps=320, tokenizer_steps=600, log_every=20, save_every=80, knn=20, knn_every=80, workers=0),
+    "toy": dict(layers=3, dim=64, heads=4, head_dim=16, mlp_dim=256, init_std=0.057, frame_size=64, fps=8.0, codes=256,
+                dropout=0.0, min_stride=2, max_stride=4, projection_hidden=128, projection_layers=2, batch=32,
+                contrast=0, lr=4e-3, steps=320, tokenizer_steps=600, log_every=20, save_every=80, knn=20, knn_every=80,
+                workers=0),
     "small": {},  # the defaults below: Table 3 and the second column of Table 4
     "base": dict(layers=12, dim=768, heads=12, mlp_dim=3072),
     "large": dict(layers=24, dim=1024, heads=16, head_dim=32, projection_hidden=4096, projection_layers=3, epochs=100.0,
@@ -66,6 +67,7 @@ class Config(runs.RunSettings):
     mlp_dim: int = option(2048, "hidden size of the MLP", least=1, most=262144)
     layout: str = option("T,H|W", "attention layout (Table 13)")
     pre_norm: bool = option(False, "pre-LayerNorm in place of post-LayerNorm")
+    init_std: float = option(0.02, "standard deviation of the first weights", above=0, most=10)
     projection_hidden: int = option(2048, "hidden size of the projection head", least=1, most=65536)
     projection_layers: int = option(2, "layers of the projection head", least=1, most=100)
     # the clips
@@ -118,7 +120,7 @@ class Config(runs.RunSettings):
 
     def transformer(self, vocab_size, height, width):
         return TransformerConfig(self.layers, self.dim, self.heads, self.head_dim, self.mlp_dim, self.frames, height,
-                                 width, vocab_size, self.layout, self.pre_norm, self.dropout)
+                                 width, vocab_size, self.layout, self.pre_norm, self.dropout, self.init_std)
 
     def masks(self):
         """What to hide, for masking.prepare."""
@@ -150,7 +152,8 @@ class Vimpac(nn.Module):
         super().__init__()
         self.backbone = VideoTransformer(config)
         self.token_head = TokenHead(config)
-        self.projection_head = ProjectionHead(config.dim, projection_hidden, projection_layers).apply(init_weights)
+        self.projection_head = ProjectionHead(config.dim, projection_hidden, projection_layers)
+        init_weights(self.projection_head, config.init_std)
 
     def forward(self, inputs, hidden, padded=None):
         """inputs: int64 (B, T, H, W), already masked. hidden: int64 (M,), which of their B*T*H*W places to predict.

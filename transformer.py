@@ -40,6 +40,7 @@ class TransformerConfig:
     layout: str = "T,H|W"
     pre_norm: bool = False
     dropout: float = 0.1
+    init_std: float = 0.02  # of the first weights; a Linear's output grows with sqrt(dim): narrow models need more
 
     def __post_init__(self):
         if self.layout not in LAYOUTS:
@@ -50,8 +51,8 @@ class TransformerConfig:
         for name in ("layers", "dim", "heads", "head_dim", "mlp_dim", "frames", "height", "width", "vocab_size"):
             if getattr(self, name) < 1:
                 raise UserError(f"{name} must be at least 1, not {getattr(self, name)}")
-        if not 0 <= self.dropout < 1:
-            raise UserError(f"dropout must lie in 0..1, not {self.dropout}")
+        if not 0 <= self.dropout < 1 or not self.init_std > 0:
+            raise UserError(f"dropout must lie in 0..1 and init_std above 0, not {self.dropout} and {self.init_std}")
 
 
 def to_sequences(x, pattern):
@@ -154,15 +155,15 @@ class VideoTransformer(nn.Module):
         self.reset_parameters()
 
     def reset_parameters(self):
-        """Weights N(0, 0.02), biases 0; the three position tables together as wide as one N(0, 0.02)."""
-        self.apply(init_weights)
+        """Weights N(0, init_std), biases 0; the three position tables together as wide as one N(0, init_std)."""
+        init_weights(self, self.config.init_std)
         for table, summed in ((self.cls, 1), (self.cls_position, 1), (self.time, 3), (self.row, 3), (self.column, 3)):
-            nn.init.normal_(table, std=0.02 / math.sqrt(summed))
+            nn.init.normal_(table, std=self.config.init_std / math.sqrt(summed))
         if self.config.pre_norm:
             for layer in self.layers:
                 residuals = len(self.layers) * (len(layer.blocks) + 1)
                 for linear in [block.out for block in layer.blocks] + [layer.contract]:
-                    nn.init.normal_(linear.weight, std=0.02 / math.sqrt(residuals))
+                    nn.init.normal_(linear.weight, std=self.config.init_std / math.sqrt(residuals))
 
     def embed(self, tokens):
         """Eq. 7, 8: token + time + row + column, CLS first with a position of its own. -> (B, N, d)"""
@@ -181,8 +182,7 @@ class VideoTransformer(nn.Module):
         """
         shape = (self.config.frames, self.config.height, self.config.width)
         if tokens.shape[1:] != shape:
-            raise UserError(f"the model takes clips of {shape} tokens (frames, height, width), "
-                            f"not {tuple(tokens.shape[1:])}: see VideoTransformer.resize")
+            raise UserError(f"the model takes clips of {shape} tokens, not {tuple(tokens.shape[1:])}: see its resize")
         if tokens.device.type == "cpu" and not 0 <= tokens.min() <= tokens.max() < len(self.embedding.weight):
             raise UserError(f"token ids lie in 0..{len(self.embedding.weight) - 1}, "
                             f"not {tokens.min().item()}..{tokens.max().item()}")
@@ -229,7 +229,7 @@ class TokenHead(nn.Module):
         self.dense = nn.Linear(config.dim, config.dim)
         self.norm = nn.LayerNorm(config.dim, eps=LN_EPS)
         self.bias = nn.Parameter(torch.zeros(config.vocab_size + SPECIAL))
-        self.apply(init_weights)
+        init_weights(self, config.init_std)
 
     def forward(self, features, embedding):
         """features: (..., d). embedding: the backbone's embedding.weight (V + 5, d)."""
@@ -240,12 +240,13 @@ class TokenHead(nn.Module):
         self.load_state_dict(released.take_token_head(state))
 
 
-def init_weights(module):
-    """App. A: weights N(0, 0.02), biases 0, LayerNorm 1 and 0 (torch's own start)."""
-    if isinstance(module, (nn.Linear, nn.Embedding)):
-        nn.init.normal_(module.weight, std=0.02)
-    if isinstance(module, nn.Linear) and module.bias is not None:
-        nn.init.zeros_(module.bias)
+def init_weights(model, std):
+    """App. A, where std is 0.02: weights N(0, std), biases 0, LayerNorm 1 and 0 (torch's own start)."""
+    for module in model.modules():
+        if isinstance(module, (nn.Linear, nn.Embedding)):
+            nn.init.normal_(module.weight, std=std)
+        if isinstance(module, nn.Linear) and module.bias is not None:
+            nn.init.zeros_(module.bias)
 
 
 def resize_table(table, size):
@@ -292,8 +293,7 @@ def main():
     print("where         model                 paper   ours")
     for where, name, differences, paper in PAPER_SIZES:
         print(f"{where:12s}  {name:20s}  {paper:5.1f}  {count_parameters(TransformerConfig(**differences)) / 1e6:5.1f}")
-    print("\nT,HxW: by its description the layout has as many blocks, and so parameters, as T,H|W; "
-          "no code for it was released.")
+    print("\nT,HxW: by its description it has as many blocks, and so parameters, as T,H|W; its code was not released.")
 
 
 if __name__ == "__main__":

@@ -202,7 +202,7 @@ def flags(settings):
 
 def pretrained(changes, seed, recipe, out, device):
     """Pre-trains, or for None starts a model -> its figures on the held-out videos, its clips' frames a second."""
-    usual = {**pretrain.PRESETS["toy"], **recipe}
+    usual = {**pretrain.PRESETS["toy"], "init_std": 0.02, **recipe}  # weights that start as the paper's
     recipe = {**usual, **({"steps": 1} if changes is None else changes)}
     if recipe["batch"] != usual["batch"]:  # as many videos in all, but for at least 40 steps
         recipe["steps"] = max(40, 10 * math.ceil(usual["steps"] * usual["batch"] / recipe["batch"] / 10))

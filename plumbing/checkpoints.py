@@ -10,7 +10,8 @@ from plumbing.files import whole
 from plumbing.processes import from_all, restarted, say
 
 CHANGING = {"out", "resume", "resume_from", "init", "checkpoint", "fill_in", "predict", "gpus", "device", "precision",
-            "workers", "compile", "recompute", "micro_batch", "save_every", "log_every", "knn_every", "tokenizer"}
+            "workers", "compile", "recompute", "micro_batch", "save_every", "log_every", "knn_every", "tokenizer",
+            "init_std"}
 
 
 def save_checkpoint(path, content):
@@ -78,9 +79,9 @@ def load_weights(model, weights, path):
 
 def check_shape(path, before, model):
     """Raises UserError where a checkpoint's transformer, a TransformerConfig's dict, is another one than the model's:
-    tensors of another layout may well fit. Clip size and dropout may differ."""
+    tensors of another layout may well fit. Clip size, dropout and how the weights began may differ."""
     for name, own in asdict(model.backbone.config).items():
-        if name not in ("frames", "height", "width", "dropout") and before.get(name, own) != own:
+        if name not in ("frames", "height", "width", "dropout", "init_std") and before.get(name, own) != own:
             raise UserError(f"{path} does not fit this model: its transformer has {name} {before[name]}, not {own}")
 
 

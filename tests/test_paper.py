@@ -52,10 +52,12 @@ def test_table_4_s_pre_training_numbers():
 
 
 @pytest.mark.parametrize("pre_norm", [False, True])
-def test_start_weights_are_as_small_as_appendix_a_says(pre_norm):
+@pytest.mark.parametrize("times", [1, 3])  # the paper's 0.02, or as wide as asked
+def test_start_weights_are_as_small_as_appendix_a_says(pre_norm, times):
     torch.manual_seed(0)
+    wider = {} if times == 1 else {"init_std": times * 0.02}
     model = Vimpac(TransformerConfig(layers=2, dim=256, heads=4, mlp_dim=512, vocab_size=500, frames=64, height=64,
-                                     width=64, pre_norm=pre_norm), 128, 3)
+                                     width=64, pre_norm=pre_norm, **wider), 128, 3)
     for name, p in model.named_parameters():
         if "norm" in name or name.endswith("bias"):
             assert (p == name.endswith("weight")).all(), name
@@ -63,8 +65,8 @@ def test_start_weights_are_as_small_as_appendix_a_says(pre_norm):
             narrower = 3 if name.endswith((".time", ".row", ".column")) else 1
             if pre_norm and ".layers." in name and name.endswith((".out.weight", ".contract.weight")):
                 narrower = 2 * 3  # additions to the residual
-            assert p.std().item() == pytest.approx(0.02 / narrower ** 0.5, rel=0.12), name
-            assert abs(p.mean().item()) < 0.004, name
+            assert p.std().item() == pytest.approx(times * 0.02 / narrower ** 0.5, rel=0.12), name
+            assert abs(p.mean().item()) < times * 0.004, name
 
 
 @pytest.mark.parametrize("name", ["ucf101", "hmdb51", "diving48", "ssv2", "kinetics400"])
