@@ -36,8 +36,8 @@ from transformer import TokenHead, TransformerConfig, VideoTransformer, init_wei
 PRESETS = {
     "toy": dict(layers=3, dim=64, heads=4, head_dim=16, mlp_dim=256, init_std=0.057, frame_size=64, fps=8.0, codes=256,
                 dropout=0.0, min_stride=2, max_stride=4, projection_hidden=128, projection_layers=2, batch=32,
-                contrast=0, lr=4e-3, steps=320, tokenizer_steps=600, log_every=20, save_every=80, knn=20, knn_every=80,
-                workers=0),
+                contrast=0, alpha=0.5, lr=4e-3, steps=320, tokenizer_steps=600, log_every=20, save_every=80, knn=20,
+                knn_every=80, workers=0),
     "small": {},  # the defaults below: Table 3 and the second column of Table 4
     "base": dict(layers=12, dim=768, heads=12, mlp_dim=3072),
     "large": dict(layers=24, dim=1024, heads=16, head_dim=32, projection_hidden=4096, projection_layers=3, epochs=100.0,
