@@ -67,7 +67,7 @@ class Config(runs.RunSettings):
     mlp_dim: int = option(2048, "hidden size of the MLP", least=1, most=262144)
     layout: str = option("T,H|W", "attention layout (Table 13)")
     pre_norm: bool = option(False, "pre-LayerNorm in place of post-LayerNorm")
-    init_std: float = option(0.02, "standard deviation of the first weights", above=0, most=10)
+    init_std: float = option(0.02, "standard deviation of the first weights; narrow models need more", above=0, most=10)
     projection_hidden: int = option(2048, "hidden size of the projection head", least=1, most=65536)
     projection_layers: int = option(2, "layers of the projection head", least=1, most=100)
     # the clips
