@@ -224,9 +224,7 @@ def prepare(config, device):
         if store.header["vocab_size"] != backbone.config.vocab_size:
             raise UserError(f"{store.path} holds {store.header['vocab_size']} codes, "
                             f"the model of {config.checkpoint} knows {backbone.config.vocab_size}")
-        if (own := store.header["fingerprint"]) != known.get("fingerprint", own):
-            raise UserError(f"{store.path} was made with another tokenizer ({store.header['tokenizer']}, {own}) than "
-                            f"the tokens of {config.checkpoint} ({known['tokenizer']}, {known['fingerprint']})")
+        checkpoints.same_tokenizer(config.checkpoint, known, store.header, store.path)
     model = Classifier(backbone, classes)
     if config.eval_only:
         trained = trained_classifier(config.checkpoint)

@@ -111,8 +111,9 @@ class Config(runs.RunSettings):
                 raise UserError(f"{flag} {path}: there is no such file")
             if path and Path(path).resolve() == (Path(self.out) / "last.pt").resolve():
                 raise UserError(f"{flag} {path}: give the new run a folder of its own with --out")
-        if (self.videos and self.data) or (self.init and self.resume_from):
-            raise UserError("--videos and --data, --init and --resume-from: give one of them")
+        for one, other in (("videos", "data"), ("init", "resume_from")):
+            if getattr(self, one) and getattr(self, other):
+                raise UserError(f"--{one} and --{other.replace('_', '-')}: give one of them")
         if not (self.mask_weight or self.alpha):
             raise UserError("--mask-weight 0 --alpha 0: there is nothing to learn")
         self.checkpoint = self.checkpoint or f"{self.out}/last.pt"
@@ -254,9 +255,11 @@ def update(model, config, clips, vocab_size, optimizer, precision, step):
 # ---------------------------------------------------------------- training
 
 
-def initialise(model, path):
-    """Loads the weights of another run's checkpoint, or of a released one; its clip size is interpolated to ours."""
-    other = Vimpac.load(path)
+def initialise(model, path, tokens):
+    """Loads the weights of another run's checkpoint, or of a released one; its clip size is interpolated to ours.
+    tokens: those to train on, `predict.origin`."""
+    other, learnt = Vimpac.load(path), checkpoints.read_checkpoint(path).get("tokens", {})
+    checkpoints.same_tokenizer(path, learnt, tokens, "what is trained on here")
     weights = other.state_dict()
     checkpoints.check_shape(path, asdict(other.backbone.config), model)
     checkpoints.resize_tables(model, weights, resize_table)
@@ -286,10 +289,10 @@ def train(config, model, store, device, monitor_folder, tokenizer_path=None):
     memory = fit(config, model, config.batch // world, device, partial(try_out, model, config, precision))
     say(f"{config.preset} on {world} x {processes.device_name(device)}: "
         f"{described(config, config.batch // world, config.own_group(world))}{memory}")
-    training = runs.Run(config, model, len(videos), config.epochs, BETAS, device,
-                        predict.origin(store, tokenizer_path), config.stop_after,
+    tokens = predict.origin(store, tokenizer_path)
+    training = runs.Run(config, model, len(videos), config.epochs, BETAS, device, tokens, config.stop_after,
                         resize=resize_table, resume_from=config.resume_from,
-                        init=config.init and partial(initialise, model, config.init))
+                        init=config.init and partial(initialise, model, config.init, tokens))
     batches = data.Batches(videos, config.batch, training.end, training.first, config.seed, rank, world)
     loader = iter(DataLoader(config.pairs(store), batch_sampler=batches, num_workers=min(config.workers, cores())))
 

@@ -128,8 +128,7 @@ class VQVAE(nn.Module):
             nn.PixelShuffle(8))                      # (N, 3, S, S)
 
     def forward(self, frames):
-        """frames: uint8 (N, S, S, 3) -> reconstruction error (mean squared, pixels in -1..1), commitment loss,
-        codes (N, h, w)."""
+        """uint8 (N, S, S, 3) -> reconstruction error (mean square, of pixels in -1..1), commitment loss, (N, h, w)."""
         x = to_pixels(frames)
         z = self.encoder(x)  # (N, c, h, w)
         if not z.isfinite().all():
@@ -162,8 +161,7 @@ def to_pixels(frames):
 def load_tokenizer(path):
     """A tokenizer that `train` saved -> VQVAE, or DALL-E's encoder.pkl -> DalleVAE; ready to encode.
 
-    A decoder.pkl beside an encoder.pkl is loaded too. Raises UserError for a file that is neither, or whose weights
-    are not all numbers.
+    A decoder.pkl beside it is loaded too. UserError names any other file, or one whose weights are not all numbers.
     """
     path = Path(path)
     if path.suffix == ".pkl":
@@ -276,7 +274,9 @@ def train_command(config):
 
 
 def tokenize_command(config):
-    dataset, root = ("folder", config.videos) if config.videos else (config.dataset, config.root)
+    if config.videos and (config.root or config.dataset != "folder"):
+        raise UserError("--videos DIR, or --dataset NAME --root DIR: give one of them")
+    dataset, root = config.dataset, config.videos or config.root
     videos = [(path, {} if label is None else {"label": label})
               for path, label in list_videos(dataset, root, config.split)]
     tokenizer = load_tokenizer(config.tokenizer).to(pick_device(config.device))
@@ -289,8 +289,8 @@ def tokenize_command(config):
 
 
 def main():
-    if sys.argv[1:2] == ["check"] and len(sys.argv) == 3 and not sys.argv[2].startswith("-"):
-        return print(check_tokens(data.TokenStore(sys.argv[2])))
+    if sys.argv[1:2] == ["check"] and not {"-h", "--help"} & {*sys.argv}:
+        return print(check_tokens(data.TokenStore(" ".join(sys.argv[2:]))))
     command, config = parse_command({"train": TrainConfig, "tokenize": TokenizeConfig}, __doc__)
     {"train": train_command, "tokenize": tokenize_command}[command](config)
     leave_group()

@@ -28,11 +28,13 @@ def list_videos(dataset, root, split):
     Listed videos that are missing are counted on stderr. Raises UserError naming the path that was looked for, the
     unknown dataset or split, the label that the classes lack, or what cannot be read in a list.
     """
-    root = Path(root)
     if dataset not in DATASETS:
         raise UserError(f"unknown dataset {dataset!r}: choose one of {', '.join(DATASETS)}")
+    if not str(root):
+        raise UserError("say where the videos are: --videos DIR, or the --root DIR of a --dataset")
+    root = Path(root)
     if not root.is_dir():
-        raise UserError(f"no folder {root}")
+        raise UserError(f"{root} is a file: give its folder" if root.is_file() else f"no folder {root}")
     if dataset in ("folder", "howto100m"):
         paths = sorted(str(p) for p in root.rglob("*") if p.suffix.lower() in VIDEO_ENDINGS)
         if not paths:

@@ -33,7 +33,8 @@ def read_checkpoint(path):
             raise zipfile.BadZipFile(damaged)
         content = torch.load(path, map_location="cpu", weights_only=True)
     except FileNotFoundError as error:
-        raise UserError(f"there is no file {path} (python pretrain.py makes runs/toy/last.pt)") from error
+        raise UserError(f"there is no file {path} (python pretrain.py makes runs/toy/last.pt, "
+                        f"python finetune.py then runs/finetune-motion/last.pt)") from error
     except Exception as error:  # torch's unpickler meets damaged files with errors of many kinds
         raise UserError(f"{path} is damaged, or no checkpoint of plain tensors ({type(error).__name__})") from error
     if not isinstance(content, dict) or not all(isinstance(key, str) for key in content):
@@ -85,6 +86,14 @@ def check_shape(path, before, model):
             raise UserError(f"{path} does not fit this model: its transformer has {name} {before[name]}, not {own}")
 
 
+def same_tokenizer(path, before, now, place):
+    """Raises UserError where the tokens that a checkpoint learnt, and others at `place`, are of different tokenizers.
+    before, now: dicts with tokenizer and fingerprint, where known, such as `predict.origin`'s."""
+    if None not in (a := before.get("fingerprint"), b := now.get("fingerprint")) and a != b:
+        raise UserError(f"{place} was made with another tokenizer ({now['tokenizer']}, {b}) than the tokens of {path} "
+                        f"({before.get('tokenizer')}, {a})")
+
+
 def resize_tables(model, weights, resize, moments=None, numbers=None):
     """Fits a checkpoint's position tables, and the optimizer's moments of them, to the model's clip size, in place.
 
@@ -103,17 +112,22 @@ def resize_tables(model, weights, resize, moments=None, numbers=None):
             f"from {before} to {len(table)}")
 
 
-def restore(path, model, optimizer, resize=None, config=None):
-    """Loads a checkpoint's weights, moments and gradient scaler -> its step. UserError where the sizes do not fit.
+def restore(path, model, optimizer, resize=None, config=None, tokens=None):
+    """Loads a checkpoint's weights, moments and gradient scaler -> its step. UserError where the sizes do not fit, or
+    the tokens are another tokenizer's.
 
     resize: see `resize_tables`; without it, the clip size must be the checkpoint's. config: settings that go on with
-    it; where they change the method, that is said.
+    it; where they change the method, that is said. tokens: those to go on with, `predict.origin`.
     """
     checkpoint = read_checkpoint(path)
     step, moments = checkpoint.get("step"), dict(checkpoint.get("optimizer") or {}).get("state")
     if "model" not in checkpoint or not isinstance(step, int) or step < 0 or not isinstance(moments, dict):
         raise UserError(f"{path} is no checkpoint of a run of this project")
-    check_shape(path, checkpoint.get("transformer", {}), model)
+    transformer = checkpoint.get("transformer", {})
+    check_shape(path, transformer, model)
+    same_tokenizer(path, checkpoint.get("tokens", {}), tokens or {}, "what is trained on here")
+    if "init_std" in transformer:
+        model.backbone.config.init_std = transformer["init_std"]  # how these weights did begin
     weights = checkpoint["model"]
     order = [p for group in optimizer.adamw.param_groups for p in group["params"]]  # how the optimizer numbers them
     if resize:
@@ -134,7 +148,7 @@ def restore(path, model, optimizer, resize=None, config=None):
     return step
 
 
-def start(config, model, optimizer, resize=None, init=None, resume_from=""):
+def start(config, model, optimizer, tokens, resize=None, init=None, resume_from=""):
     """Loads what a run begins with -> its first step, whether that goes on in its own folder.
 
     From out/last.pt, where it is to go on from there; or from another run's checkpoint resume_from; or init(), which
@@ -142,7 +156,7 @@ def start(config, model, optimizer, resize=None, init=None, resume_from=""):
     """
     first, last = 0, last_checkpoint(config.out, config.resume)
     if path := last or resume_from:
-        first = restore(path, model, optimizer, resize, config if last else None)
+        first = restore(path, model, optimizer, resize, config if last else None, tokens)
         say(f"resumed {path} at step {first} of {optimizer.steps}")
     elif init:
         init()

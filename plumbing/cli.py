@@ -134,7 +134,9 @@ def parse_command(config_classes, description):
     if asked not in config_classes and {"-h", "--help"} & {*sys.argv}:
         sys.exit(print(description))
     if asked not in config_classes:
-        raise UserError(f"say what to do: {' or '.join(f'{script} {name}' for name in config_classes)} "
+        near = difflib.get_close_matches(asked, config_classes, 1)
+        raise UserError(f"do you mean {script} {near[0]}?" if near else
+                        f"say what to do: {' or '.join(f'{script} {name}' for name in config_classes)} "
                         f"(--help shows all, after one of them its flags)")
     return asked, parse(config_classes[asked], sys.argv[2:], description, prog=f"{script} {asked}")
 

@@ -41,6 +41,8 @@ def transformer_sizes(state, layouts):
     patterns = [sum(q[:2] == (0, block) for q in queries) for block in range(blocks)]  # of the first layer
     layout = next((name for name in layouts
                    if [len(block.split("|")) for block in name.split(",")] == patterns), None)
+    if not patterns:
+        raise UserError("it holds no transformer")
     if layout is None:
         raise UserError(f"no layout has attention blocks of {patterns} patterns")
     pre_norm = "backbone.ln_post.weight" in state

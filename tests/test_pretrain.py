@@ -134,10 +134,32 @@ def test_init_starts_a_schedule_of_its_own(workplace):
     assert done.returncode == 2 and "folder of its own" in done.stderr
 
 
+@pytest.mark.parametrize("going_on", [["--resume"], ["--init", "first/last.pt"], ["--resume-from", "first/last.pt"]])
+def test_a_model_does_not_go_on_with_the_tokens_of_another_tokenizer(tmp_path, going_on):
+    for name, tokenizer in (("one", "a" * 12), ("other", "b" * 12)):
+        random_store(tmp_path / name, 24, fingerprint=tokenizer)
+    common = [*flags(TINY), "--frame-size", 16, "--steps", 4]
+    assert call(pretrain, "--data", "one", "--out", "first", *common, place=tmp_path).returncode == 0
+    kept = (tmp_path / "first/last.pt").read_bytes()
+    done = call(pretrain, "--data", "other", "--out", "first" if going_on == ["--resume"] else "second", *going_on,
+                *common, "--steps", 6, place=tmp_path)
+    assert done.returncode == 2 and "made with another tokenizer" in done.stderr.splitlines()[-1]
+    assert (tmp_path / "first/last.pt").read_bytes() == kept
+
+
+def test_what_the_weights_began_with_stays_with_a_run(workplace, tmp_path):
+    """`--resume` with another --init-std: the checkpoint says what --from-scratch is to start from."""
+    common = [*flags(TINY), "--out", tmp_path / "run"]
+    for more in (["--steps", 2, "--init-std", 0.1], ["--steps", 4, "--init-std", 0.3, "--resume"]):
+        assert call(pretrain, *common, *more, place=workplace).returncode == 0
+    assert torch.load(tmp_path / "run/last.pt", weights_only=True)["transformer"]["init_std"] == 0.1
+    assert load_backbone(tmp_path / "run/last.pt").config.init_std == 0.1
+
+
 def test_init_takes_a_checkpoint_at_another_size_and_a_released_one(workplace, tmp_path, capsys):
     path = workplace / "runs/toy/last.pt"
     weights, model = torch.load(path, weights_only=True)["model"], Vimpac(tiny().transformer(256, 16, 16), 16, 2)
-    pretrain.initialise(model, path)
+    pretrain.initialise(model, path, {})
     assert "interpolated the row positions from 8 to 16" in capsys.readouterr().out
     assert torch.equal(model.backbone.column, resize_table(weights["backbone.column"], 16))
     assert torch.equal(model.projection_head.out.weight, weights["projection_head.out.weight"])
@@ -145,14 +167,14 @@ def test_init_takes_a_checkpoint_at_another_size_and_a_released_one(workplace, t
     config = Config(layers=2, dim=256, heads=4, mlp_dim=1024)
     released = Vimpac.from_released(tmp_path / "classifier.pt")
     model = Vimpac(replace(released.backbone.config, height=8, width=8), 256, 2)
-    pretrain.initialise(model, tmp_path / "classifier.pt")
+    pretrain.initialise(model, tmp_path / "classifier.pt", {})
     for a, b in zip(model.token_head.parameters(), released.token_head.parameters()):
         assert torch.equal(a, b)
     assert torch.equal(model.backbone.row, resize_table(released.backbone.row, 8))
     other = Vimpac(config.transformer(8192, 4, 4), 256, 2)
     other.backbone.config = replace(released.backbone.config, layout="H|W,T")
     with pytest.raises(UserError, match="layout"):
-        pretrain.initialise(other, tmp_path / "classifier.pt")
+        pretrain.initialise(other, tmp_path / "classifier.pt", {})
 
 
 def test_two_stages_follow_one_schedule(tmp_path):
@@ -484,7 +506,7 @@ def test_how_a_step_is_split_changes_nothing(every_split, name, split):
     assert len(whole[1]) == len(parts[1]) == 7  # held-out videos are measured before and after
     for a, b in zip(whole[1], parts[1]):
         for key in a.keys() - {"videos_per_second"}:  # they are rounded to six digits
-            assert b[key] == pytest.approx(a[key], abs=1e-5 if "held_out" in key else 2e-6), key
+            assert b[key] == pytest.approx(a[key], abs=1e-5 if "held_out" in key else 5e-6), key
     for key, value in whole[2].items():
         if key != "projection_head.hidden.0.bias":  # a batch norm takes it away: its gradient is nothing but rounding
             moved = (value - every_split["start"][key]).double().norm()

@@ -302,7 +302,7 @@ def test_a_signal_ends_a_run_after_its_step_with_a_checkpoint(tmp_path, capsys, 
             if step == 2:
                 os.kill(os.getpid(), number)
     assert stopped.value.code == code and checkpoints.read_checkpoint(tmp_path / "last.pt")["step"] == 3
-    assert "stopped at step 3 of 6: --resume goes on" in capsys.readouterr().out
+    assert "stopped at step 3 of 6: the same command with --resume goes on" in capsys.readouterr().out
     assert signal.getsignal(number) == handler and start(tmp_path, resume=True).first == 3
 
 

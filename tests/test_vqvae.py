@@ -157,6 +157,9 @@ def test_videos_of_one_colour_train_a_tokenizer_of_many_codes(tmp_path, write_vi
 
 
 @pytest.mark.parametrize("argv, said", [
+    (["train"], "say where the videos are"), (["train", "--videos", "few/v.mp4"], "is a file: give its folder"),
+    (["tokenize", "--videos", "few", "--dataset", "list", "--root", "few"], "give one of them"),
+    (["trian", "--videos", "few"], "do you mean vqvae.py train?"),
     (["train", "--videos", "nowhere"], "no folder nowhere"), (["train", "--videos", "empty"], "no video file below"),
     (["train", "--frame-size", "20"], "multiple of 8"), (["train", "--videos", "few"], "too few"),
     (["tokenize", "--videos", "few", "--tokenizer", "t.pt"], "no file t.pt"),
@@ -262,4 +265,4 @@ def test_check_reads_all_tokens_of_a_store(tmp_path, place):
     assert done.returncode == 2 and len(done.stderr.splitlines()) == 1
     assert "tokens-00000.bin is damaged: 2.mp4 has other tokens" in done.stderr
     done = call(vqvae, "check")
-    assert done.returncode == 2 and "say what to do" in done.stderr
+    assert done.returncode == 2 and "no finished token store at ." in done.stderr
