@@ -5,7 +5,7 @@ import sys
 import tokenize
 from pathlib import Path
 
-MOST_LINES, MOST_IN_FUNCTION, MOST_CODE = 300, 50, 3600
+MOST_LINES, MOST_IN_FUNCTION, MOST_CODE = 300, 50, 3625
 LONGER = {"pretrain.py": 350}
 SCRIPTS, GROUND = {"pretrain", "finetune"}, {"masking", "contrastive", "transformer", "dalle"}  # import only plumbing
 
