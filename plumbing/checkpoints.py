@@ -148,7 +148,7 @@ def restore(path, model, optimizer, resize=None, config=None, tokens=None):
     return step
 
 
-def start(config, model, optimizer, tokens, resize=None, init=None, resume_from=""):
+def start(config, model, optimizer, resize=None, init=None, resume_from="", tokens=None):
     """Loads what a run begins with -> its first step, whether that goes on in its own folder.
 
     From out/last.pt, where it is to go on from there; or from another run's checkpoint resume_from; or init(), which

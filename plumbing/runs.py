@@ -141,7 +141,7 @@ class Run:
         self.steps = config.steps or max(1, int(epochs * videos) // config.batch)
         self.optimizer = Optimizer(model, config, self.steps, betas, pick_precision(config.precision, device))
         self.end = min(self.steps, max(1, int(stop_after * videos) // config.batch)) if stop_after else self.steps
-        self.first, goes_on = start(config, model, self.optimizer, tokens, **beginning)
+        self.first, goes_on = start(config, model, self.optimizer, tokens=tokens, **beginning)
         if self.first > self.end or (self.first == self.end and not goes_on):
             raise UserError(f"nothing is left to train: the checkpoint is of step {self.first} of {self.end}")
         self.sums, self.count, self.stop, self.board, self.first_loss = 0, 0, 0, None, None
