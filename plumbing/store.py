@@ -86,10 +86,11 @@ class TokenStore:
     def __init__(self, path):
         self.path = Path(path)
         if not (self.path / "index.npy").is_file():
-            found = sorted({str(place.parent) for places in (self.path.glob("*/index.npy"), self.path.glob(
-                "*/*/index.npy"), self.path.parent.glob("*/index.npy")) for place in places})[:8]
+            near = [*self.path.glob("*/index.npy"), *self.path.glob("*/*/index.npy"),
+                    *self.path.parent.glob("*/index.npy")]
+            found = ", ".join(sorted({str(index.parent) for index in near})[:8])
             raise UserError(f"no finished token store at {self.path}" + (
-                f": there are {', '.join(found)}" if found else
+                f": there are {found}" if found else
                 " (python vqvae.py tokenize makes one; those of the toy world, python pretrain.py)"))
         self.header = read_header(self.path)
         if self.header["format"] != FORMAT:
