@@ -51,7 +51,8 @@ def test_a_file_gets_the_probabilities_that_the_test_gave_it(tuned):
     model.classifier.load_state_dict(finetune.trained_classifier(path))
     p = finetune.evaluate(model, store, config, torch.device("cpu"), torch.float32)
     videos = [tuned / "datasets/toy" / store.name(i) for i in (0, 3)]
-    done = call(finetune, "--predict", *videos, "--checkpoint", path, "--device", "cpu", "--fps", 1, "--clips", 1)
+    done = call(finetune, "--predict", *videos, "--checkpoint", path, "--device", "cpu", "--precision", "fp32",
+                "--fps", 1, "--clips", 1)
     assert done.returncode == 0, done.stderr
     for line, video, expected in zip(done.stdout.splitlines(), videos, p[[0, 3]].tolist()):
         assert line.startswith(f"{video}: ")
