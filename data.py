@@ -1,23 +1,34 @@
 """Files -> tokens -> clips: what is sampled from a video, and in which order.
 
-A video is decoded and tokenised once, ahead of training; from then on a clip is a slice of a memory-mapped array.
+A video is decoded and tokenised once, ahead of training. After that a clip is one read from a file.
 
-Shapes: F frames of a video, N frames of many, S frame side in pixels, H x W tokens a frame, T frames of a clip.
+Shapes: F frames of a video, N frames of many, S frame side in pixels, H x W tokens a frame,
+T frames of a clip.
 """
 import math
 from pathlib import Path
 
 import numpy as np
+import torch
+from torch.utils.data import DataLoader, default_collate
 
-from plumbing.annotations import list_videos  # noqa: F401 (reached as data.list_videos)
 from plumbing.cli import UserError, progress
-from plumbing.decoding import WAITING, VideoError, decode_all, read_frames, stream_views  # noqa: F401 (read_frames too)
-from plumbing.processes import share
+from plumbing.datasets import CROPS, find_dataset, list_videos  # noqa: F401 (data.list_videos)
+from plumbing.decoding import (  # noqa: F401 (data.read_frames)
+    PIECE,
+    cores,
+    map_videos,
+    read_frames,
+    stream_views,
+)
+from plumbing.processes import ignore_stop_signals
 from plumbing.store import TokenStore, cut
+
+FRAME_BYTES = 10 * PIECE  # of frames held while a video is read for `sample_frames`
 
 
 def spread(count, size):
-    """So many of the numbers 0..size-1, at most all, spread evenly -> int (count,)."""
+    """`count` of the numbers 0..size-1 (at most all), spread evenly -> int (count,)."""
     return np.linspace(0, size - 1, min(count, size)).round().astype(int)
 
 
@@ -25,43 +36,51 @@ def spread(count, size):
 
 
 def views_for(kind, size, dataset=None):
-    """The views that are cut from each video, as (shorter side, crop, flip): see decoding.read_views.
+    """The views that are cut from each video -> [(shorter side, crop, flip)].
 
-    pretrain: the centre. train: 2 resizes (S and, as released, 1.25 S; the paper says 1.5 S) x 3 crops x 2 flips, 12 in
-    all. test: 3 crops. Something-Something tells left from right, so it is never flipped, and is tested on the centre
-    alone.
+    pretrain: the centre. train: 2 resizes (S and 1.25 S, Table 4) x 3 crops x 2 flips, 12 in all.
+    test: 3 crops. A dataset's entry in plumbing/datasets.py may forbid flips or test fewer crops.
     """
-    crops, flips = ("top-left", "center", "bottom-right"), (False,) if dataset == "ssv2" else (False, True)
-    if kind == "pretrain" or (kind == "test" and dataset == "ssv2"):
+    entry = find_dataset(dataset or "folder")
+    if kind == "pretrain":
         return [(size, "center", False)]
-    if kind == "train":
-        return [(resize, crop, flip) for resize in (size, size + size // 4) for crop in crops for flip in flips]
-    return [(size, crop, False) for crop in crops]
+    if kind == "test":
+        return [(size, crop, False) for crop in entry.test_crops]
+    flips = (False, True) if entry.flip else (False,)
+    resizes = (size, size + size // 4)
+    return [(resize, crop, flip) for resize in resizes for crop in CROPS for flip in flips]
 
 
 def sample_frames(videos, fps, size, most):
-    """Frames spread evenly over a list of paths, for training a tokenizer -> uint8 (N, S, S, 3), errors [str]."""
+    """Frames for training a tokenizer, spread evenly over a list of paths.
+
+    Returns uint8 (N, S, S, 3), and a line for each file that cannot be decoded [str].
+    """
     chosen = [videos[i] for i in spread(1000, len(videos))]
     each = math.ceil(most / len(chosen))  # frames a video
     frames, errors = [], []
-    decoded = decode_all(chosen, lambda path: stream_views(path, fps, size, [(size, "center", False)]))
-    for _, pieces in progress(decoded, "reading frames", len(chosen), " videos"):
-        try:
-            frames.append(spread_frames(pieces, each))
-        except VideoError as error:
-            errors.append(str(error))
+    results = map_videos(lambda pieces: spread_frames(pieces, each),
+                         lambda path: stream_views(path, fps, size, [(size, "center", False)]),
+                         chosen)
+    for _, result, error in progress(results, "reading frames", len(chosen), " videos"):
+        if error:
+            errors.append(error)
+        else:
+            frames.append(result)
     if not frames:
         raise UserError("none of the videos could be decoded: " + "; ".join(errors[:3]))
     frames = np.concatenate(frames)
     if len(frames) < 20:
-        raise UserError(f"{len(frames)} frames are too few to train a tokenizer: give more videos or a larger --fps")
+        raise UserError(f"{len(frames)} frames are too few to train a tokenizer: "
+                        f"give more videos or a larger --fps")
     return frames, errors
 
 
-def spread_frames(pieces, count, room=WAITING):
-    """So many frames of a video, spread evenly, of its pieces as they come -> uint8 (N, S, S, 3), N at most count.
+def spread_frames(pieces, count, room=FRAME_BYTES):
+    """Frames of a video, spread evenly over its pieces -> uint8 (N, S, S, 3), N at most count.
 
-    Held at any time are at most `room` bytes or twice the count: of longer videos, every second frame, fourth, ...
+    Holds at most `room` bytes, or twice the count. Of longer videos it keeps every second frame,
+    then every fourth, and so on.
     """
     kept, step, seen = [], 1, 0
     for frames, _ in pieces:  # (1, f, S, S, 3)
@@ -77,18 +96,20 @@ def spread_frames(pieces, count, room=WAITING):
 
 
 def last_start(length, frames, stride):
-    """The latest start of a clip that fits into `length` frames; 0 where none fits."""
+    """The last start of a clip that fits into `length` frames; 0 if none fits."""
     return max(0, length - (frames - 1) * stride - 1)
 
 
 def stride_for(store, fps):
-    """The step between a clip's frames, in stored frames, that comes closest to `fps` frames a second."""
+    """The step between a clip's frames, in stored frames, closest to `fps` frames a second."""
     return max(1, round(store.header["fps"] / fps))
 
 
 def even_starts(length, frames, stride, clips):
-    """Where `clips` evenly spaced clips of a video of so many frames start: from its first frame to its last; of one
-    clip, the middle -> int (clips,)."""
+    """The starts of evenly spaced clips of a video of `length` frames; one clip is the middle.
+
+    Returns int (clips,).
+    """
     last = last_start(length, frames, stride)
     return np.arange(clips) * last // (clips - 1) if clips > 1 else np.array([last // 2])
 
@@ -100,11 +121,13 @@ def even_clips(tokens, frames, stride, clips, vocab_size):
 
 
 class ClipPairs:
-    """Pre-training's samples: two clips of one video, drawn independently and uniformly -> int64 (2, T, H, W).
+    """Pre-training's samples: two clips of one video -> int64 (2, T, H, W).
 
-    strides: the smallest and largest step between a clip's frames, in stored frames; each clip draws its own.
+    Both are drawn independently and uniformly.
+    strides: the smallest and largest step between a clip's frames, in stored frames; each clip
+    draws its own.
     d_max: the largest distance of the two starts, in seconds; None: no limit.
-    An item is asked for by (video, epoch): the same pair always gives the same clips, whichever process asks.
+    An item is (video, epoch): the same item gives the same clips in every process.
     """
 
     def __init__(self, store, frames, strides=(1, 1), d_max=None, seed=0):
@@ -114,8 +137,8 @@ class ClipPairs:
     def __getitem__(self, item):
         video, epoch = item
         random = np.random.default_rng((self.seed, epoch, video))
-        length = int(self.store.index["frames"][video])
-        first_stride, second_stride = random.integers(self.strides[0], self.strides[1], 2, endpoint=True)
+        length = int(self.store.frames[video])
+        first_stride, second_stride = random.integers(*self.strides, 2, endpoint=True)
         first = random.integers(last_start(length, self.frames, first_stride), endpoint=True)
         low, high = 0, last_start(length, self.frames, second_stride)
         if self.reach is not None:
@@ -135,13 +158,17 @@ class RandomClips:
     def __getitem__(self, item):
         video, epoch = item
         random = np.random.default_rng((self.seed, epoch, video))
-        view, length = random.integers(self.store.views), int(self.store.index["frames"][video])
+        view, length = random.integers(self.store.views), int(self.store.frames[video])
         start = random.integers(last_start(length, self.frames, self.stride), endpoint=True)
-        return self.store.cut(video, start, self.frames, self.stride, view), int(self.labels[video])
+        clip = self.store.cut(video, start, self.frames, self.stride, view)
+        return clip, int(self.labels[video])
 
 
 class EvenClips:
-    """Test's samples: `clips` evenly spaced clips of every view (or of `views`) -> int64 (views * clips, T, H, W)."""
+    """Test's samples: evenly spaced clips of every view -> int64 (views * clips, T, H, W).
+
+    clips: how many of each view. views: their numbers (default: all).
+    """
 
     def __init__(self, store, frames, stride, clips, views=None):
         self.store, self.frames, self.stride, self.clips = store, frames, stride, clips
@@ -151,7 +178,8 @@ class EvenClips:
         return len(self.store)
 
     def __getitem__(self, video):
-        starts = even_starts(int(self.store.index["frames"][video]), self.frames, self.stride, self.clips)
+        length = int(self.store.frames[video])
+        starts = even_starts(length, self.frames, self.stride, self.clips)
         return np.stack([self.store.cut(video, start, self.frames, self.stride, view)
                          for view in self.views for start in starts])
 
@@ -160,50 +188,83 @@ class EvenClips:
 
 
 def hold_out(videos, count):
-    """The numbers of the videos to train on, and of those kept out: `count` of them, at most a tenth, spread evenly."""
+    """The numbers of the videos to train on and of those held out, int each.
+
+    Holds out `count` videos, at most a tenth, spread evenly.
+    """
     held_out = spread(min(count, videos // 10), videos)
     return np.delete(np.arange(videos), held_out), held_out
 
 
 def few_labels(labels, count, seed=0):
-    """So many videos, each class in proportion -> their numbers (count,), or all where count is 0.
+    """Chooses `count` videos (0: all), every class in proportion -> their numbers, int (count,).
 
     labels: int (videos,).
     """
     order = np.random.default_rng(seed).permutation(len(labels))
-    order = order[np.argsort(np.asarray(labels)[order], kind="stable")]  # by class, within a class at random
+    by_class = np.argsort(np.asarray(labels)[order], kind="stable")  # at random within a class
+    order = order[by_class]
     return np.sort(order[spread(count or len(order), len(order))])
 
 
 class Batches:
-    """Which (video, epoch) pairs make up each step's batch: a new random order of the videos every epoch.
+    """Each step's batch as [(video, epoch)]: a new random order of the videos every epoch.
 
-    The batch is a function of the seed and the step alone, so a run resumes, and several processes share it, without
-    any state. videos: the numbers of those to draw from. batch: how many all processes take together.
-    The last videos of an epoch that do not fill a batch wait for the next epoch's order.
+    A batch depends on the seed and the step only, so runs resume and processes divide it without
+    any state. Videos at the end of an epoch that do not fill a batch are left out.
+    videos: the numbers to draw from. batch: videos of all processes together.
     """
 
     def __init__(self, videos, batch, steps, first_step=0, seed=0, rank=0, world=1):
-        self.videos, self.batch, self.seed, self.rank, self.world = videos, batch, seed, rank, world
+        self.videos, self.batch, self.seed = videos, batch, seed
+        self.rank, self.world = rank, world
         self.steps = range(first_step, steps)
 
     def __iter__(self):
         per_epoch = len(self.videos) // self.batch
         current = None
         for step in self.steps:
-            epoch, place = divmod(step, per_epoch)
+            epoch, index = divmod(step, per_epoch)
             if epoch != current:
-                current, order = epoch, np.random.default_rng((self.seed, epoch)).permutation(self.videos)
-            chosen = share(order[place * self.batch:(place + 1) * self.batch], self.rank, self.world)
+                random = np.random.default_rng((self.seed, epoch))
+                current, order = epoch, random.permutation(self.videos)
+            batch = order[index * self.batch:(index + 1) * self.batch]
+            chosen = batch[self.rank::self.world]
             yield [(int(video), epoch) for video in chosen]
 
 
+def load(samples, batches, workers):
+    """Yields batches, such as `Batches`, loaded by so many processes -> int64 tensors.
+
+    The processes ignore Ctrl-C and SIGTERM: the training process ends them. Raises UserError if
+    their shared memory is full.
+    """
+    loader = DataLoader(samples, batch_sampler=batches, num_workers=min(workers, cores()),
+                        collate_fn=collate, worker_init_fn=ignore_stop_signals)
+    try:
+        for batch in loader:
+            yield [x.long() for x in batch] if isinstance(batch, list) else batch.long()
+    except RuntimeError as error:
+        if "shared memory" in str(error):
+            raise UserError("/dev/shm is full: give docker run a larger --shm-size, or fewer "
+                            "--workers") from error
+        raise
+
+
+def collate(samples):
+    """Stacks samples. Tokens are uint16 on their way between processes, a quarter of int64."""
+    batch = default_collate(samples)
+    if isinstance(batch, list):  # with labels
+        return [batch[0].to(torch.uint16), batch[1]]
+    return batch.to(torch.uint16)
+
+
 def open_store(folder, *names):
-    """The first of these token stores that is in the folder. Raises UserError where none is."""
-    found = [name for name in names if (Path(folder) / name / "index.npy").is_file()]
-    return TokenStore(Path(folder) / (found or names)[0])
+    """Opens the first of these token stores that the folder has. Raises UserError if none."""
+    finished = [name for name in names if (Path(folder) / name / "index.npz").is_file()]
+    return TokenStore(Path(folder) / (finished or names)[0])
 
 
 def labelled_stores(folder):
-    """The token stores of a folder that the kNN accuracy looks at: those it takes neighbours from, and queries."""
+    """The token stores for the kNN accuracy -> (of the neighbours, of the queries)."""
     return open_store(folder, "train", "train1"), open_store(folder, "val", "test", "test1")

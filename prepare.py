@@ -1,6 +1,6 @@
-"""What pre-training needs, made where it is missing: the toy world's videos, a tokenizer, tokens; checked where not.
+"""What pre-training needs: videos of the toy world, a tokenizer, tokens. Makes what is missing.
 
-What is made is made once: a later run with the same flags finds it, one that asks for something else is refused.
+A later run with the same flags uses the same files. A run that needs other ones is refused.
 """
 from pathlib import Path
 
@@ -9,92 +9,138 @@ import monitor
 import toy
 import vqvae
 from plumbing.cli import UserError
-from plumbing.files import lock, locked
 from plumbing.processes import by_first, say
 from plumbing.store import check_alike
-from plumbing.tokenizing import fingerprint
 
 
 def prepare(config, device):
-    """config: pretrain.Config -> token store, path of the tokenizer that draws it or None, folder of labelled stores or
-    None. Nothing is made before all that can be refused has been; pictures that cannot be drawn are said here."""
+    """Returns the token store, the path of the tokenizer for pictures (or None), and the folder of
+    the labelled stores for the kNN accuracy (or None).
+
+    config: pretrain.Config. Raises UserError before it makes anything, if it can. Prints why the
+    pictures of what the model fills in cannot be drawn.
+    """
     if config.tokenizer and not Path(config.tokenizer).is_file():
-        raise UserError(f"--tokenizer {config.tokenizer}: there is no such file (without the flag, one is trained "
-                        f"on the videos)")
+        raise UserError(f"--tokenizer {config.tokenizer}: there is no such file "
+                        f"(without the flag, one is trained on the videos)")
     if config.data:
-        store, place, labelled = data.TokenStore(config.data), config.tokenizer, config.monitor
-        if (size := store.header["size"]) != config.frame_size:
-            raise UserError(f"--data {config.data} holds frames of {size} pixels: give --frame-size {size}")
-        if place:
-            check_tokenizer(place, store)
-        else:
-            say("no pictures of what the model fills in: they need the store's --tokenizer")
+        store, tokenizer_path = data.TokenStore(config.data), config.tokenizer
+        labelled = config.monitor
+        check_store(config, store, device)
         check_labelled(store, labelled)
-        by_first(lock, config.out)
     else:
-        store, place, labelled = make(config, device)
+        store, tokenizer_path, labelled = make(config, device)
         check_labelled(store, labelled)
-    if place and (reason := undrawable(config, place, store)):
+    if tokenizer_path and (reason := why_no_pictures(config, tokenizer_path, store)):
         say(f"no pictures of what the model fills in: {reason}")
-        place = None
-    return store, place or None, labelled or None
+        tokenizer_path = None
+    return store, tokenizer_path or None, labelled or None
 
 
 def make(config, device):
-    """Makes what is missing of the toy world, or of a folder of videos -> as `prepare`."""
+    """Makes the tokenizer and the tokens of a folder of videos, or of the toy world.
+
+    Returns the same as `prepare`.
+    """
     if config.videos:
         home, root, classes, labelled = Path(config.out), config.videos, None, config.monitor
         splits = {"pretrain": [(path, {}) for path, _ in data.list_videos("folder", root, "")]}
     else:
-        root, sizes = toy.sized(config.toy_videos)
-        home, classes, labelled = root, toy.CLASSES, config.monitor or root / "tokens"
-    by_first(lock, config.out)  # also tries it, before the long work
-    if not config.videos:  # the others once the tokenizer, and so its picture, is there
+        home, sizes = toy.sized(config.toy_videos)
+        root, classes, labelled = home, toy.CLASSES, config.monitor or home / "tokens"
         by_first(lambda: toy.finished(home) or toy.make(home, sizes, wanted=["pretrain"]))
         splits = {"pretrain": toy.split_videos(home, "pretrain")}
-    place = Path(config.tokenizer or home / "tokenizer.pt")
-    by_first(lambda: place.is_file() or make_tokenizer(config, splits["pretrain"], home, place, device))
-    tokenizer, views = vqvae.load_tokenizer(place).to(device), data.views_for("pretrain", config.frame_size)
+    path = Path(config.tokenizer or home / "tokenizer.pt")
+    videos = [video for video, _ in splits["pretrain"]]
+    by_first(lambda: path.is_file() or make_tokenizer(config, videos, path, device))
+    tokenizer = vqvae.load_tokenizer(path).to(device)
     if not config.tokenizer and tokenizer.vocab_size != config.codes:
-        raise UserError(f"{place} has {tokenizer.vocab_size} codes, not {config.codes}: give --codes "
-                        f"{tokenizer.vocab_size}, or delete it and {home / 'tokens'}")
+        raise UserError(f"{path} has {tokenizer.vocab_size} codes, not {config.codes}: "
+                        f"give --codes {tokenizer.vocab_size}, or delete it and {home / 'tokens'}")
     if not config.videos:
         by_first(lambda: toy.finished(home) or toy.make(home, sizes))
         splits = {split: toy.split_videos(home, split) for split in toy.SPLITS}
+    views = data.views_for("pretrain", config.frame_size)
     for split, videos in splits.items():
-        vqvae.tokenize(tokenizer, videos, root, home / "tokens" / split, config.fps, config.frame_size, views,
-                       place.name, classes)
-    return data.TokenStore(home / "tokens/pretrain"), place, labelled
+        vqvae.tokenize(tokenizer, videos, root, home / "tokens" / split, config.fps,
+                       config.frame_size, views, path.name, classes)
+    return data.TokenStore(home / "tokens/pretrain"), path, labelled
 
 
-def make_tokenizer(config, videos, home, place, device):
-    with locked(home):
-        found, _ = vqvae.make_tokenizer(
-            [path for path, _ in videos], place, config.fps, config.frame_size, 8000, codes=config.codes,
-            steps=config.tokenizer_steps, batch=64, lr=2e-3, seed=config.seed, device=device)
-    say(f"tokenizer: {found}")
+def make_tokenizer(config, videos, path, device):
+    quality, _ = vqvae.make_tokenizer(
+        videos, path, config.fps, config.frame_size, 8000, codes=config.codes,
+        steps=config.tokenizer_steps, batch=64, lr=2e-3, seed=config.seed, device=device)
+    say(f"tokenizer: {quality}")
 
 
-def check_tokenizer(path, store):
-    """Raises UserError, naming both, where a tokenizer is not the one that made a store."""
-    tokenizer, made = vqvae.load_tokenizer(path), store.header.get("fingerprint")
-    if tokenizer.vocab_size != store.header["vocab_size"]:
-        raise UserError(f"--tokenizer {path} has {tokenizer.vocab_size} codes, {store.path} holds "
-                        f"{store.header['vocab_size']}: give the one that made it")
-    if made not in (None, fingerprint(tokenizer), fingerprint(tokenizer, "")):
-        raise UserError(f"--tokenizer {path} (fingerprint {fingerprint(tokenizer)}) did not make {store.path}, that "
-                        f"was {store.header.get('tokenizer')} ({made})")
+def check_store(config, store, device):
+    """Raises UserError if the store of --data has another frame size or another tokenizer."""
+    if (size := store.header["size"]) != config.frame_size:
+        raise UserError(f"--data {config.data} holds frames of {size} pixels: "
+                        f"give --frame-size {size}")
+    if not config.tokenizer:
+        say("no pictures of what the model fills in: they need the store's --tokenizer")
+        return
+    tokenizer = vqvae.load_tokenizer(config.tokenizer).to(device)
+    vocab_size, fingerprint = store.header["vocab_size"], store.header["fingerprint"]
+    if tokenizer.vocab_size != vocab_size:
+        raise UserError(f"--tokenizer {config.tokenizer} has {tokenizer.vocab_size} codes, "
+                        f"{store.path} holds {vocab_size}: give the one that made it")
+    if tokenizer.fingerprint != fingerprint:
+        raise UserError(f"--tokenizer {config.tokenizer} (fingerprint {tokenizer.fingerprint}) "
+                        f"did not make {store.path}, "
+                        f"that was {store.header['tokenizer']} ({fingerprint})")
 
 
 def check_labelled(store, folder):
-    """Raises UserError where the kNN accuracy would be that of other tokens."""
+    """Raises UserError if the stores for the kNN accuracy have tokens of another kind."""
     if folder:
         check_alike(store, *data.labelled_stores(folder))
 
 
-def undrawable(config, path, store):
-    """Why what the model fills in cannot be drawn -> str, or None where it can."""
+def why_no_pictures(config, path, store):
+    """Why what the model fills in cannot be drawn -> str, or None if it can."""
     if vqvae.load_tokenizer(path).decoder is None:
         return f"there is no decoder.pkl beside {path}"
-    missing = [path for path in map(store.video_path, monitor.shown(config, store)) if not path.is_file()]
-    return f"{missing[0]} is not there" if missing else None
+    for video in map(store.video_path, monitor.shown(config, store)):
+        if not video.is_file():
+            return f"{video} is not there"
+    return None
+
+
+def open_stores(config):
+    """The token stores to train and test on -> {split: TokenStore}."""
+    splits = [config.eval_split] if config.eval_only else ["train", config.eval_split]
+    stores = {}
+    for split in splits:
+        names = [f"{split}{config.split}"] if config.split else [split]
+        if config.split == 1:
+            names.append(split)  # split 1 may have the plain name
+        stores[split] = data.open_store(config.data, *names)
+    check_alike(*stores.values())
+    train, test = stores[splits[0]], stores[config.eval_split]
+    if train is not test and train.header["root"] == test.header["root"]:
+        both = len(train.names() & test.names())
+        if both:
+            say(f"{both} of the {len(test)} test videos are training videos, too")
+    return stores
+
+
+def pick_labels(stores, wanted):
+    """The label set and the names of its classes -> name, [class].
+
+    Where a store has one set only, the default names stand for it.
+    """
+    first = next(iter(stores.values()))
+    sets = first.label_sets()
+    name = sets[0] if len(sets) == 1 and wanted in ("label", "motion") else wanted
+    labels = [store.labels(name) for store in stores.values()]
+    largest = max(int(values.max()) for values in labels)
+    names = (first.header["classes"] or {}).get(name) or [str(i) for i in range(largest + 1)]
+    if any(int(values.min()) < 0 for values in labels):
+        paths = ", ".join(str(store.path) for store in stores.values())
+        raise UserError(f"some videos of {paths} have no label {name!r}")
+    if largest >= len(names):
+        raise UserError(f"label {largest} of {name!r} is beyond its {len(names)} classes")
+    return name, names

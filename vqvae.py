@@ -1,9 +1,16 @@
-"""Pixels -> tokens: a VQ-VAE with 8x down-sampling; trains one, and tokenises videos with one.
+"""Pixels -> tokens: a VQ-VAE with 8x down-sampling. Trains one, and tokenises videos with one.
 
     python vqvae.py train --videos DIR --out vqvae.pt
     python vqvae.py tokenize --videos DIR --tokenizer vqvae.pt --out tokens/mine
-    python vqvae.py check tokens/mine                      reads all of it: is it what was written?
-    torchrun --nproc-per-node 8 vqvae.py tokenize ...      each process takes its share of the videos
+    python vqvae.py check tokens/mine                   compares all tokens with their checksums
+    torchrun --nproc-per-node 8 vqvae.py tokenize ...   the processes divide the videos
+
+A tokenizer is any class with
+    encode(frames)    uint8 (N, S, S, 3), S a multiple of 8 -> int64 (N, h, w) below vocab_size
+    decode(tokens)    int64 (N, h, w) -> uint8 (N, S, S, 3)
+    vocab_size        int, the number of codes
+    fingerprint       str of 12 hexadecimal digits: other tokens, other digits
+VQVAE and dalle.DalleVAE are such classes; `load_tokenizer` reads either from a file.
 
 Shapes: N frames, S frame side in pixels, h = w = S/8, K codes, c dimensions of a code.
 """
@@ -19,31 +26,32 @@ from torch import nn
 
 import data
 from dalle import DalleVAE
-from plumbing.annotations import DATASETS, class_names, frame_spans, list_videos
 from plumbing.checkpoints import load_weights, read_checkpoint, rebuilt, save_checkpoint
 from plumbing.cli import UserError, option, parse_command, progress, run
+from plumbing.datasets import DATASETS, class_names, frame_spans, list_videos
 from plumbing.files import try_folder
 from plumbing.pictures import draw_tokenizer
-from plumbing.processes import leave_group, pick_device, say, seed_all, wait_for_all
+from plumbing.processes import by_first, leave_group, pick_device, say, seed_all, wait_for_all
 from plumbing.runs import learning_rate
+from plumbing.store import check_parts
 from plumbing.tokenizing import measure, psnr, tokenize
-from plumbing.writer import check_tokens
+from plumbing.tokens import PATCH, fingerprint
 
 
 class Codebook(nn.Module):
-    """K code vectors that follow the mean of what is assigned to them (exponential moving averages).
+    """K codes that follow the mean of their inputs (exponential moving averages).
 
-    A code whose average use falls below a tenth of an even share is moved onto an input that the others serve badly:
-    without this, most codes would never be used. The first batch starts the codes. Both draw inputs in proportion to
-    their squared distance from the nearest code, as k-means++ does.
+    The first batch initialises the codes. A code whose average use falls below a tenth of an even
+    share is moved onto an input far from its code; otherwise most codes would never be used. Both
+    draw inputs in proportion to their squared distance from the nearest code, as k-means++ does.
     """
 
     def __init__(self, codes, dim, decay=0.99):
         super().__init__()
         self.decay = decay
         self.register_buffer("codes", torch.zeros(codes, dim))
-        self.register_buffer("count", torch.zeros(codes))  # moving average of how many inputs each code gets
-        self.register_buffer("total", torch.zeros(codes, dim))  # and of their sum
+        self.register_buffer("count", torch.zeros(codes))  # moving average of inputs per code
+        self.register_buffer("total", torch.zeros(codes, dim))  # moving average of their sum
         self.register_buffer("started", torch.tensor(False))
 
     def nearest(self, z):
@@ -51,7 +59,10 @@ class Codebook(nn.Module):
         return (self.codes.square().sum(dim=1) - 2 * z @ self.codes.t()).argmin(dim=1)
 
     def forward(self, z):
-        """z: (n, c) -> quantised (n, c) with a straight-through gradient, codes (n,), commitment loss."""
+        """z: (n, c) -> quantised (n, c), codes (n,), commitment loss.
+
+        The gradient of quantised goes straight through to z.
+        """
         if self.training and not self.started:
             self.start(z.detach())
         index = self.nearest(z)  # (n,)
@@ -63,14 +74,15 @@ class Codebook(nn.Module):
 
     @torch.no_grad()
     def start(self, z):
-        """k-means++: each code is an input drawn in proportion to its squared distance from the codes so far."""
+        """k-means++: draws inputs in proportion to their squared distance from the codes so far."""
         z = z[torch.randperm(len(z), device=z.device)[:10000]]
-        z = z + 1e-4 * z.std() * torch.randn_like(z)  # more codes than distinct inputs still get distinct codes
+        z = z + 1e-4 * z.std() * torch.randn_like(z)  # so that equal inputs give distinct codes
         chosen = [z[torch.randint(len(z), (), device=z.device)]]
         distance = torch.full((len(z),), math.inf, device=z.device)
         while len(chosen) < len(self.codes):
             distance = torch.minimum(distance, (z - chosen[-1]).square().sum(dim=1))  # (n,)
-            chosen.append(z[torch.multinomial(distance.clamp(min=1e-20), 1)[0]])  # also where all inputs are chosen
+            weights = distance.clamp(min=1e-20)  # not all zero once every input is chosen
+            chosen.append(z[torch.multinomial(weights, 1)[0]])
         self.codes.copy_(torch.stack(chosen))
         self.total.copy_(self.codes)
         self.count.fill_(1)
@@ -79,7 +91,8 @@ class Codebook(nn.Module):
     @torch.no_grad()
     def update(self, z, index):
         """Moves every code towards the mean of its inputs, then replaces dead ones."""
-        count = torch.zeros_like(self.count).index_add_(0, index, torch.ones_like(index, dtype=z.dtype))  # (K,)
+        ones = torch.ones_like(index, dtype=z.dtype)
+        count = torch.zeros_like(self.count).index_add_(0, index, ones)  # (K,)
         total = torch.zeros_like(self.total).index_add_(0, index, z)  # (K, c)
         self.count.lerp_(count, 1 - self.decay)
         self.total.lerp_(total, 1 - self.decay)
@@ -89,29 +102,35 @@ class Codebook(nn.Module):
         if dead.any():
             distance = (z - self.codes[index]).square().sum(dim=1) + 1e-10  # (n,)
             inputs = z[torch.multinomial(distance, int(dead.sum()), replacement=True)]
-            self.codes[dead], self.total[dead], self.count[dead] = inputs, inputs * even, even
+            self.codes[dead] = inputs
+            self.total[dead] = inputs * even
+            self.count[dead] = even
 
 
 class Residual(nn.Module):
     def __init__(self, width, size):
         super().__init__()
-        self.body = nn.Sequential(nn.ReLU(), nn.Conv2d(width, width, size, padding=size // 2),
-                                  nn.ReLU(), nn.Conv2d(width, width, 1))
+        self.body = nn.Sequential(
+            nn.ReLU(),
+            nn.Conv2d(width, width, size, padding=size // 2),
+            nn.ReLU(),
+            nn.Conv2d(width, width, 1))
 
     def forward(self, x):
         return x + self.body(x)
 
 
 class VQVAE(nn.Module):
-    """A small tokenizer. Each 8x8 patch is encoded on its own, so that a token tells of its own place only; the
-    decoder sees the neighbours and smooths the seams."""
+    """A small tokenizer.
 
-    fingerprinted = ""  # all weights
+    Each 8x8 patch is encoded on its own, so a token depends on its own patch only. The decoder
+    sees the neighbours and smooths the seams.
+    """
 
     def __init__(self, codes=128, width=128, code_dim=16):
         super().__init__()
         self.settings = {"codes": codes, "width": width, "code_dim": code_dim}
-        self.vocab_size, self.arithmetic = codes, "float32"
+        self.vocab_size = codes
         self.encoder = nn.Sequential(                # (N, 3, S, S)
             nn.PixelUnshuffle(8),                    # (N, 192, h, w)
             nn.Conv2d(3 * 64, width, 1),
@@ -127,21 +146,27 @@ class VQVAE(nn.Module):
             nn.Conv2d(width, 3 * 64, 1),
             nn.PixelShuffle(8))                      # (N, 3, S, S)
 
+    @property
+    def fingerprint(self):
+        return fingerprint(self.state_dict())
+
     def forward(self, frames):
-        """uint8 (N, S, S, 3) -> reconstruction error (mean square, of pixels in -1..1), commitment loss, (N, h, w)."""
+        """uint8 (N, S, S, 3) -> mean squared error in -1..1, commitment loss, codes (N, h, w)."""
         x = to_pixels(frames)
         z = self.encoder(x)  # (N, c, h, w)
         if not z.isfinite().all():
             raise UserError("the tokenizer's training has gone to infinity: lower --lr")
         n, c, h, w = z.shape
         quantised, index, commitment = self.codebook(z.permute(0, 2, 3, 1).reshape(-1, c))
-        error = F.mse_loss(self.decoder(quantised.reshape(n, h, w, c).permute(0, 3, 1, 2)), x)
+        quantised = quantised.reshape(n, h, w, c).permute(0, 3, 1, 2)  # (N, c, h, w)
+        error = F.mse_loss(self.decoder(quantised), x)
         return error, commitment, index.reshape(n, h, w)
 
     @torch.no_grad()
     def encode(self, frames):
         """uint8 (N, S, S, 3), S a multiple of 8 -> int64 (N, S/8, S/8) below vocab_size."""
-        z = self.encoder(to_pixels(torch.as_tensor(frames, device=self.codebook.codes.device)))  # (N, c, h, w)
+        frames = torch.as_tensor(frames, device=self.codebook.codes.device)
+        z = self.encoder(to_pixels(frames))  # (N, c, h, w)
         n, c, h, w = z.shape
         return self.codebook.nearest(z.permute(0, 2, 3, 1).reshape(-1, c)).reshape(n, h, w)
 
@@ -149,7 +174,8 @@ class VQVAE(nn.Module):
     def decode(self, tokens):
         """int64 (N, h, w) -> uint8 (N, 8h, 8w, 3)."""
         codes = self.codebook.codes
-        x = self.decoder(codes[torch.as_tensor(tokens, device=codes.device)].permute(0, 3, 1, 2))
+        tokens = torch.as_tensor(tokens, device=codes.device)
+        x = self.decoder(codes[tokens].permute(0, 3, 1, 2))  # (N, 3, 8h, 8w)
         return ((x.clamp(-1, 1) + 1) * 127.5).round().byte().permute(0, 2, 3, 1)
 
 
@@ -159,9 +185,9 @@ def to_pixels(frames):
 
 
 def load_tokenizer(path):
-    """A tokenizer that `train` saved -> VQVAE, or DALL-E's encoder.pkl -> DalleVAE; ready to encode.
+    """Loads a file that `train` saved -> VQVAE, or DALL-E's encoder.pkl -> DalleVAE.
 
-    A decoder.pkl beside it is loaded too. UserError names any other file, or one whose weights are not all numbers.
+    Also loads a decoder.pkl beside an encoder.pkl. Raises UserError for any other file.
     """
     path = Path(path)
     if path.suffix == ".pkl":
@@ -176,8 +202,11 @@ def load_tokenizer(path):
 
 
 def train_tokenizer(frames, codes, steps, batch, lr, seed, device, look=None):
-    """Trains on uint8 frames (N, S, S, 3) by reconstruction error + 0.25 x commitment loss -> VQVAE. Raises UserError
-    where that goes to infinity. look: a function that is shown it after a twentieth of the steps."""
+    """Trains on uint8 frames (N, S, S, 3): reconstruction error + 0.25 x commitment loss -> VQVAE.
+
+    look: a function (tokenizer, text) that is called after a twentieth of the steps.
+    Raises UserError if the loss becomes infinite.
+    """
     seed_all(seed)
     tokenizer = VQVAE(codes).to(device).train()
     optimizer = torch.optim.AdamW(tokenizer.parameters(), lr=lr, weight_decay=0)
@@ -185,18 +214,21 @@ def train_tokenizer(frames, codes, steps, batch, lr, seed, device, look=None):
     bar = progress(range(steps), "training the tokenizer", unit=" steps")
     for step in bar:
         optimizer.param_groups[0]["lr"] = learning_rate(step, steps, lr, warmup=0.05)
-        error, commitment, index = tokenizer(frames[torch.randint(len(frames), (batch,))].to(device))
+        chosen = frames[torch.randint(len(frames), (batch,))]
+        error, commitment, index = tokenizer(chosen.to(device))
         optimizer.zero_grad()
         (error + 0.25 * commitment).backward()
         optimizer.step()
         if step % 20 == 0:
-            bar.set_postfix_str(f"PSNR {psnr(error.item()):.1f} dB, {len(index.unique())} codes", refresh=False)
+            text = f"PSNR {psnr(error.item()):.1f} dB, {len(index.unique())} codes"
+            bar.set_postfix_str(text, refresh=False)
         if look and step == steps // 20:
             look(tokenizer, f"step {step} of {steps}")
     with torch.no_grad():
-        error, commitment, _ = tokenizer.eval()(frames[:batch].to(device))  # with the last step's weights
-    if not (error + commitment).isfinite():
-        raise UserError(f"the tokenizer's training has gone to infinity (loss {error + commitment}): lower --lr")
+        error, commitment, _ = tokenizer.eval()(frames[:batch].to(device))  # the final weights
+    loss = error + commitment
+    if not loss.isfinite():
+        raise UserError(f"the tokenizer's training has gone to infinity (loss {loss}): lower --lr")
     return tokenizer
 
 
@@ -205,55 +237,67 @@ def save_tokenizer(tokenizer, path):
 
 
 def make_tokenizer(videos, path, fps, size, frames, **training):
-    """Trains a tokenizer on so many frames of videos (paths), saves it, measures it on every twentieth, held out, and
-    draws it, beside its file -> what to say of it, what could not be read [str]."""
+    """Trains a tokenizer on frames of videos (paths), draws it, saves it and measures it.
+
+    frames: how many; every twentieth is held out for the picture and the measures.
+    training: arguments of `train_tokenizer`.
+    Returns a line about its quality, and a line for each file that cannot be decoded [str].
+    """
     frames, errors = data.sample_frames(videos, fps, size, frames)
     held_out, frames = frames[::20], frames[np.arange(len(frames)) % 20 > 0]
     picture = Path(path).with_suffix(".png")
 
     def look(tokenizer, when):
-        draw_tokenizer(tokenizer, held_out[data.spread(8, len(held_out))], picture, f"the tokenizer at {when}")
-        say(f"{picture}: what the tokenizer leaves of some frames, at {when}")
+        chosen = held_out[data.spread(8, len(held_out))]
+        draw_tokenizer(tokenizer, chosen, picture, f"the tokenizer at {when}")
+        say(f"{picture}: frames before and after the tokenizer, at {when}")
+
     tokenizer = train_tokenizer(frames, **training, look=look)
     look(tokenizer, "its end")
-    save_tokenizer(tokenizer, path)  # last: where it is, all is
+    save_tokenizer(tokenizer, path)  # last: its presence marks completion
     m = measure(tokenizer, held_out)
-    return (f"reconstruction error {m['error']:.4f}, PSNR {m['psnr']:.1f} dB, perplexity {m['perplexity']:.0f}, "
-            f"codes used {100 * m['codes_used']:.0f}% (on {len(held_out)} frames held out)"), errors
+    quality = (f"reconstruction error {m['error']:.4f}, PSNR {m['psnr']:.1f} dB, "
+               f"perplexity {m['perplexity']:.0f}, codes used {100 * m['codes_used']:.0f}% "
+               f"(on {len(held_out)} frames held out)")
+    return quality, errors
 
 
 # ---------------------------------------------------------------- command line
+
+
+DEVICES = ["auto", "cuda", "mps", "cpu"]
 
 
 @dataclass
 class TrainConfig:
     videos: str = option("", "folder of videos to train on")
     out: str = option("vqvae.pt", "where to save the tokenizer")
-    codes: int = option(1024, "size of the codebook", least=2, most=65536)
-    frame_size: int = option(128, "frame side in pixels, of which a token covers 8 x 8", multiple=8, most=2048)
+    codes: int = option(1024, "size of the codebook", least=2, most=65531)
+    frame_size: int = option(128, "frame side in pixels, 8 x 8 a token", multiple=PATCH, most=2048)
     fps: float = option(2.0, "frames a second to read", above=0, most=1000)
     frames: int = option(20000, "how many frames to train on, spread over the videos", least=20)
     steps: int = option(3000, "training steps", least=1)
     batch: int = option(64, "frames a step", least=1)
     lr: float = option(2e-3, "peak learning rate", above=0)
     seed: int = option(0, "random seed", least=0, most=2**31)
-    device: str = option("auto", "where to compute", choices=["auto", "cuda", "mps", "cpu"])
+    device: str = option("auto", "where to compute", choices=DEVICES)
 
 
 @dataclass
 class TokenizeConfig:
-    videos: str = option("", "folder of videos, without labels (short for --dataset folder --root DIR)")
+    videos: str = option("", "folder of videos, without labels (--dataset folder --root DIR)")
     dataset: str = option("folder", "how the videos are listed", choices=list(DATASETS))
     root: str = option("", "the dataset's folder")
     split: str = option("train", "which split (train1 to test3 of UCF101 and HMDB51)")
-    views: str = option("pretrain", "which views of each video", choices=["pretrain", "train", "test"])
+    views: str = option("pretrain", "views of each video", choices=["pretrain", "train", "test"])
     tokenizer: str = option("vqvae.pt", "file of the tokenizer")
     out: str = option("tokens", "folder of the token store")
-    frame_size: int = option(128, "frame side in pixels, of which a token covers 8 x 8", multiple=8, most=2048)
-    fps: float = option(0.0, "frames a second to keep (0: 2 for the view pretrain, else 16)", least=0, most=1000)
-    workers: int = option(0, "ffmpeg processes (0: one a core and one more, the most)", least=0, most=512)
-    batch: int = option(256, "frames a batch of the tokenizer (of more than 128 x 128 pixels: fewer)", least=1)
-    device: str = option("auto", "where to compute", choices=["auto", "cuda", "mps", "cpu"])
+    frame_size: int = option(128, "frame side in pixels, 8 x 8 a token", multiple=PATCH, most=2048)
+    fps: float = option(0.0, "frames a second (0: 2 for --views pretrain, else 16)", least=0,
+                        most=1000)
+    workers: int = option(0, "files at a time (0: one a core and one more)", least=0, most=512)
+    batch: int = option(256, "frames of 128 x 128 to encode at once; fewer larger ones", least=1)
+    device: str = option("auto", "where to compute", choices=DEVICES)
 
     def __post_init__(self):
         self.fps = self.fps or (2.0 if self.views == "pretrain" else 16.0)
@@ -264,33 +308,37 @@ def train_command(config):
     wait_for_all()
     leave_group()  # under torchrun, one process trains
     if Path(config.out).exists():
-        raise UserError(f"--out {config.out} is there already: choose another name, or delete it")
+        raise UserError(f"--out {config.out} exists: choose another name, or delete it")
     try_folder(Path(config.out).parent)
-    found, errors = make_tokenizer(
-        [path for path, _ in list_videos("folder", config.videos, "")], config.out, config.fps, config.frame_size,
-        config.frames, codes=config.codes, steps=config.steps, batch=config.batch, lr=config.lr, seed=config.seed,
-        device=device)
-    print("".join(f"skipped {line}\n" for line in errors) + f"{config.out}: {found}")
+    videos = [path for path, _ in list_videos("folder", config.videos, "")]
+    quality, errors = make_tokenizer(
+        videos, config.out, config.fps, config.frame_size, config.frames, codes=config.codes,
+        steps=config.steps, batch=config.batch, lr=config.lr, seed=config.seed, device=device)
+    for line in errors:
+        print(f"skipped {line}")
+    print(f"{config.out}: {quality}")
 
 
 def tokenize_command(config):
     if config.videos and (config.root or config.dataset != "folder"):
         raise UserError("--videos DIR, or --dataset NAME --root DIR: give one of them")
     dataset, root = config.dataset, config.videos or config.root
-    videos = [(path, {} if label is None else {"label": label})
-              for path, label in list_videos(dataset, root, config.split)]
-    tokenizer = load_tokenizer(config.tokenizer).to(pick_device(config.device))
-    views, classes = data.views_for(config.views, config.frame_size, dataset), class_names(dataset, root)
+    device = pick_device(config.device)
+    listed = by_first(list_videos, dataset, root, config.split) or []  # the first process's counts
+    videos = [(path, {} if label is None else {"label": label}) for path, label in listed]
+    classes = by_first(class_names, dataset, root)
     spans = frame_spans(dataset, root, config.split)
+    tokenizer = load_tokenizer(config.tokenizer).to(device)
+    views = data.views_for(config.views, config.frame_size, dataset)
     if not tokenize(tokenizer, videos, root, config.out, config.fps, config.frame_size, views,
-                    Path(config.tokenizer).name, {"label": classes} if classes else None, spans, config.workers,
-                    config.batch):
+                    Path(config.tokenizer).name, {"label": classes} if classes else None, spans,
+                    config.workers, config.batch):
         say(f"{config.out}: {len(videos)} videos tokenised before, nothing is left to do")
 
 
 def main():
     if sys.argv[1:2] == ["check"] and not {"-h", "--help"} & {*sys.argv}:
-        return print(check_tokens(data.TokenStore(" ".join(sys.argv[2:]))))
+        return print(check_parts(data.TokenStore(" ".join(sys.argv[2:]))))
     command, config = parse_command({"train": TrainConfig, "tokenize": TokenizeConfig}, __doc__)
     {"train": train_command, "tokenize": tokenize_command}[command](config)
     leave_group()

@@ -1,5 +1,4 @@
-"""The DALL-E tokenizer: files of its format, written here by the PyPI package DALL-E where it is installed."""
-import json
+"""The DALL-E tokenizer, on files that the PyPI package DALL-E writes, where it is installed."""
 import pickle
 
 import numpy as np
@@ -12,33 +11,33 @@ import pretrain
 import vqvae
 from dalle import DalleVAE
 from plumbing.cli import UserError
-from plumbing.store import TokenStore
-from plumbing.tokenizing import fingerprint, tokenize
+from plumbing.tokenizing import tokenize
 
 
 def build():
     """A small encoder and decoder of the real package."""
-    encoder_module = pytest.importorskip("dall_e.encoder", reason="pip install --no-deps DALL-E attrs")
-    decoder_module = pytest.importorskip("dall_e.decoder")
+    encoders = pytest.importorskip("dall_e.encoder", reason="pip install --no-deps DALL-E attrs")
+    decoders = pytest.importorskip("dall_e.decoder")
     torch.manual_seed(0)
-    modules = encoder_module.Encoder(n_hid=16, vocab_size=64), decoder_module.Decoder(n_init=8, n_hid=16, vocab_size=64)
-    for module in modules:
-        with torch.no_grad():  # the package starts biases at 0 and weights small: give every tensor weight
+    encoder = encoders.Encoder(n_hid=16, vocab_size=64)
+    decoder = decoders.Decoder(n_init=8, n_hid=16, vocab_size=64)
+    for module in (encoder, decoder):
+        with torch.no_grad():  # biases start at 0 and weights are small: make every tensor count
             for p in module.parameters():
                 p.add_(0.05 * torch.randn_like(p))
-    return modules
+    return encoder, decoder
 
 
 @pytest.fixture
 def released(tmp_path):
-    """encoder.pkl and decoder.pkl as they were released, in torch.save's old format -> their folder, the modules."""
+    """encoder.pkl and decoder.pkl in torch.save's old format, as released -> folder, modules."""
     encoder, decoder = build()
     torch.save(encoder, tmp_path / "encoder.pkl", _use_new_zipfile_serialization=False)
     torch.save(decoder, tmp_path / "decoder.pkl", _use_new_zipfile_serialization=False)
     return tmp_path, encoder, decoder
 
 
-def test_tokens_and_pictures_equal_the_package_s(released):
+def test_tokens_and_pictures_equal_those_of_the_package(released):
     folder, encoder, decoder = released
     vae = DalleVAE.from_pickles(folder / "encoder.pkl", folder / "decoder.pkl")
     frames = torch.randint(256, (4, 32, 32, 3), dtype=torch.uint8)
@@ -69,38 +68,35 @@ def test_load_tokenizer_takes_the_released_file(released):
         vqvae.load_tokenizer(folder / "encoder.pkl").decode(torch.zeros(1, 2, 2, dtype=torch.long))
 
 
-def test_a_gpu_s_tokens_are_not_mixed_with_a_cpu_s(released, write_video, monkeypatch):
+def test_tokens_of_a_gpu_are_not_mixed_with_those_of_a_cpu(released, write_video, monkeypatch):
+    """The GPU computes in half precision, so its fingerprint differs."""
     folder, _, _ = released
     vae = DalleVAE.from_pickles(folder / "encoder.pkl")
     write_video(folder / "v.mp4", [50] * 4)
-    how = ([(str(folder / "v.mp4"), {})], folder, folder / "s", 8, 32, data.views_for("pretrain", 32), "encoder.pkl")
-    tokenize(vae, *how)
-    assert TokenStore(folder / "s").header["arithmetic"] == "float32"
+    arguments = ([(str(folder / "v.mp4"), {})], folder, folder / "s", 8, 32,
+                 data.views_for("pretrain", 32), "encoder.pkl")
+    tokenize(vae, *arguments)
+    before = vae.fingerprint
     monkeypatch.setattr(DalleVAE, "device", property(lambda self: torch.device("cuda")))
-    assert vae.arithmetic == "float16"
-    with pytest.raises(UserError, match="arithmetic 'float32', not 'float16'"):
-        tokenize(vae, *how)
+    assert vae.fingerprint != before
+    with pytest.raises(UserError, match=f"fingerprint '{before}', not '{vae.fingerprint}'"):
+        tokenize(vae, *arguments)
 
 
-def test_a_store_is_known_by_its_encoder_whether_or_not_the_decoder_is_there(released, write_video):
-    """Also one whose fingerprint is still that of both; without the decoder there are no pictures, which is said."""
+def test_a_store_can_be_continued_without_the_decoder(released, write_video):
+    """Without the decoder there are no pictures, and a line says so."""
     folder, _, _ = released
     write_video(folder / "videos/v.mp4", range(0, 240, 8))
-    common = ["tokenize", "--videos", "videos", "--tokenizer", "encoder.pkl", "--frame-size", 32, "--fps", 8, "--out",
-              "s"]
-    assert call(vqvae, *common, place=folder).returncode == 0
-    both = vqvae.load_tokenizer(folder / "encoder.pkl")
-    header = json.loads((folder / "s/header.json").read_text())
-    assert header["fingerprint"] == fingerprint(both) != fingerprint(both, "")
-    header["fingerprint"] = fingerprint(both, "")
-    (folder / "s/header.json").write_text(json.dumps(header))
-    assert call(vqvae, *common, place=folder).returncode == 0
-    assert TokenStore(folder / "s").header["fingerprint"] == fingerprint(both)
+    argv = ["tokenize", "--videos", "videos", "--tokenizer", "encoder.pkl", "--frame-size", 32,
+            "--fps", 8, "--out", "s"]
+    assert call(vqvae, *argv, place=folder).returncode == 0
     (folder / "decoder.pkl").unlink()
-    assert "nothing is left to do" in call(vqvae, *common, place=folder).stdout
-    done = call(pretrain, "--data", "s", "--tokenizer", "encoder.pkl", "--frame-size", 32, "--steps", 2, "--out", "run",
-                *flags(TINY), "--batch", 1, "--alpha", 0, place=folder)
-    assert done.returncode == 0 and "no pictures of what the model fills in: there is no decoder.pkl" in done.stdout
+    assert "nothing is left to do" in call(vqvae, *argv, place=folder).stdout
+    done = call(pretrain, "--data", "s", "--tokenizer", "encoder.pkl", "--frame-size", 32,
+                "--steps", 2, "--out", "run", *flags(TINY), "--batch", 1, "--alpha", 0,
+                place=folder)
+    assert done.returncode == 0
+    assert "no pictures of what the model fills in: there is no decoder.pkl" in done.stdout
 
 
 def test_a_file_that_names_another_function_is_refused_and_runs_nothing(released, tmp_path):
@@ -113,10 +109,35 @@ def test_a_file_that_names_another_function_is_refused_and_runs_nothing(released
         DalleVAE.from_pickles(tmp_path / "bad.pkl")
 
 
-def test_files_of_torch_save_s_zip_format_are_refused(tmp_path):
-    torch.save(build()[0], tmp_path / "encoder.pkl")
-    with pytest.raises(UserError, match="encoder.pkl: .*old format"):
-        vqvae.load_tokenizer(tmp_path / "encoder.pkl")
+def test_files_of_today_s_torch_save_load_as_well(released, tmp_path):
+    """torch.save has written zip files since version 1.6."""
+    folder, encoder, decoder = released
+    old = vqvae.load_tokenizer(folder / "encoder.pkl")
+    (tmp_path / "new").mkdir()
+    torch.save(encoder, tmp_path / "new/encoder.pkl")
+    torch.save(decoder, tmp_path / "new/decoder.pkl")
+    new = vqvae.load_tokenizer(tmp_path / "new/encoder.pkl")
+    assert new.fingerprint == old.fingerprint and new.vocab_size == 64
+    frames = torch.randint(256, (2, 16, 16, 3), dtype=torch.uint8)
+    tokens = old.encode(frames)
+    assert torch.equal(new.encode(frames), tokens)
+    assert torch.equal(new.decode(tokens), old.decode(tokens))
+
+
+def test_a_zip_file_that_is_damaged_or_holds_another_module_is_refused(tmp_path):
+    path = tmp_path / "encoder.pkl"
+    for module, reason in ((torch.nn.Linear(2, 2), "torch.nn.modules.linear.Linear"),
+                           (torch.zeros(3), "the file holds no module")):
+        torch.save(module, path)
+        with pytest.raises(UserError, match=f"^{path}: .*{reason}"):
+            vqvae.load_tokenizer(path)
+    torch.save(build()[0], path)
+    content = path.read_bytes()
+    for length in (1000, len(content) // 2, len(content) - 4):
+        path.write_bytes(content[:length])
+        with pytest.raises(UserError, match="encoder.pkl: no module") as error:
+            vqvae.load_tokenizer(path)
+        assert len(str(error.value).splitlines()) == 1
 
 
 def test_a_download_cut_short_is_refused(released):
@@ -136,23 +157,26 @@ class Call:
         return self.call
 
 
-def test_nothing_that_a_file_says_is_run(tmp_path):
+def test_no_code_of_a_file_is_run(tmp_path):
     mark = tmp_path / "ran"
-    for content in (pickle.dumps(Call(exec, f"open({str(mark)!r}, 'w')")), b"", b"not a pickle", b"PK\3\4broken"):
+    code = pickle.dumps(Call(exec, f"open({str(mark)!r}, 'w')"))
+    for content in (code, b"", b"not a pickle", b"PK\3\4broken"):
         (tmp_path / "bad.pkl").write_bytes(content)
         with pytest.raises(UserError, match="bad.pkl"):
             DalleVAE.from_pickles(tmp_path / "bad.pkl")
-    torch.save({"call": Call(exec, f"open({str(mark)!r}, 'w')")}, tmp_path / "bad.pkl",
-               _use_new_zipfile_serialization=False)
-    with pytest.raises(UserError, match="exec"):
-        DalleVAE.from_pickles(tmp_path / "bad.pkl")
+    for zipped in (False, True):
+        torch.save({"call": Call(exec, f"open({str(mark)!r}, 'w')")}, tmp_path / "bad.pkl",
+                   _use_new_zipfile_serialization=zipped)
+        with pytest.raises(UserError, match="bad.pkl: the file names .*exec") as error:
+            DalleVAE.from_pickles(tmp_path / "bad.pkl")
+        assert len(str(error.value).splitlines()) == 1
     torch.save(torch.zeros(3), tmp_path / "bad.pkl", _use_new_zipfile_serialization=False)
     with pytest.raises(UserError, match="bad.pkl: the file holds no module"):
         DalleVAE.from_pickles(tmp_path / "bad.pkl")
     assert not mark.exists()
 
 
-def test_a_decoder_in_the_encoder_s_place_is_refused(released):
+def test_a_decoder_instead_of_the_encoder_is_refused(released):
     folder, _, _ = released
     frames = np.zeros((1, 16, 16, 3), np.uint8)
     with pytest.raises(UserError, match="decoder.pkl is not a DALL-E encoder"):

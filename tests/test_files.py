@@ -1,8 +1,4 @@
-"""Files whole or not there, folders that one program writes into, disks that are full."""
-import os
-import re
-import signal
-import socket
+"""Files that are complete or absent, folders that cannot be written, disks that are full."""
 import subprocess
 import sys
 
@@ -10,78 +6,88 @@ import pytest
 import torch
 from conftest import ROOT
 
-from plumbing import files, runs
+from plumbing import checkpoints, files
 from plumbing.cli import UserError
-
-HOLD = "import sys, time; from plumbing.files import lock; lock(sys.argv[1]); print('held', flush=True); time.sleep(60)"
 
 
 def other_program(code, *argv, under=()):
-    return subprocess.run([*under, sys.executable, "-c", code, *map(str, argv)], cwd=ROOT, check=False,
-                          capture_output=True, text=True)
+    return subprocess.run([*under, sys.executable, "-c", code, *map(str, argv)], cwd=ROOT,
+                          check=False, capture_output=True, text=True)
 
 
-def test_one_program_at_a_time_writes_into_a_folder_and_a_killed_one_leaves_no_lock(tmp_path):
-    holder = subprocess.Popen([sys.executable, "-c", HOLD, tmp_path / "s"], cwd=ROOT, stdout=subprocess.PIPE)
-    assert holder.stdout.readline() == b"held\n"
-    with pytest.raises(UserError, match=f"{tmp_path}/s is being written by process {holder.pid} on "
-                                        f"{re.escape(socket.gethostname())}"):
-        files.lock(tmp_path / "s")
-    holder.send_signal(signal.SIGKILL)
-    holder.wait()
-    assert files.lock(tmp_path / "s")
+KILLED = """
+import os, sys
+from plumbing.files import whole
+with whole(sys.argv[1]) as file:
+    file.write(b"half of it")
+    file.flush()
+    os._exit(9)
+"""
 
 
-def test_a_process_keeps_its_lock_until_it_gives_it_back(tmp_path):
-    """Though it asks again, and though a loader process that it forked ends."""
-    assert files.lock(tmp_path / "s") and not files.lock(tmp_path / "s/../s")
-    with files.locked(tmp_path / "s"):
-        assert not files.lock(tmp_path / "s")
-    if (child := os.fork()) == 0:
-        os._exit(0)
-    os.waitpid(child, 0)
-    asked = HOLD.replace("60", "0")
-    refused = other_program(asked, tmp_path / "s")
-    assert refused.returncode != 0 and f"process {os.getpid()}" in refused.stderr
-    files.unlock(tmp_path / "s")
-    assert other_program(asked, tmp_path / "s").stdout == "held\n"
+def test_a_kill_leaves_the_earlier_file(tmp_path):
+    """Two processes that write it at once do not meet."""
+    path = tmp_path / "last.pt"
+    path.write_bytes(b"earlier")
+    for _ in range(2):
+        assert other_program(KILLED, path).returncode == 9
+    assert path.read_bytes() == b"earlier" and len(list(tmp_path.glob("last.pt.*.part"))) == 2
 
 
-def test_what_killed_processes_left_half_written_is_removed_and_nothing_else(tmp_path):
-    code = "import os, sys; from plumbing.files import whole\nwith whole(sys.argv[1]) as file: os._exit(9)"
-    for _ in range(2):  # two processes of the same number, in two containers, have two files
-        other_program(code, tmp_path / "last.pt")
-    (tmp_path / "film.part").write_text("a download")
-    assert len(list(tmp_path.glob("last.pt.*.part"))) == 2
-    files.lock(tmp_path)
-    assert {path.name for path in tmp_path.iterdir()} == {"film.part", ".lock"}
+def test_an_error_leaves_the_earlier_file_and_nothing_else(tmp_path):
+    path = tmp_path / "last.pt"
+    path.write_bytes(b"earlier")
+    with pytest.raises(KeyboardInterrupt), files.whole(path) as file:
+        file.write(b"half of it")
+        raise KeyboardInterrupt
+    assert path.read_bytes() == b"earlier" and list(tmp_path.iterdir()) == [path]
 
 
 def test_a_folder_that_is_a_file_is_refused_in_one_line(tmp_path):
     (tmp_path / "run").write_text("")
-    for folder in (tmp_path / "run", tmp_path / "run/sub"):
-        with pytest.raises(UserError, match=r"cannot write .*/run.*: (file exists|not a directory)"):
-            files.lock(folder)
+    for folder, reason in (("run", "file exists"), ("run/sub", "not a directory")):
+        with pytest.raises(UserError, match=f"cannot write {tmp_path}/{folder}: {reason}"):
+            files.try_folder(tmp_path / folder)
+
+
+def test_a_folder_that_can_be_written_is_left_empty(tmp_path):
+    files.try_folder(tmp_path / "a/b")
+    assert list((tmp_path / "a/b").iterdir()) == []
+
+
+FULL = """
+import sys, torch
+from pathlib import Path
+from plumbing import cli
+from plumbing.checkpoints import save_checkpoint
+folder = Path(sys.argv[1])
+def main():
+    save_checkpoint(folder / "last.pt", {"step": 1, "model": torch.zeros(10000)})
+    try:
+        save_checkpoint(folder / "last.pt", {"step": 2, "model": torch.zeros(200000)})
+    finally:
+        print(torch.load(folder / "last.pt")["step"], [path.name for path in folder.iterdir()])
+cli.run(main)
+"""
 
 
 def test_a_full_disk_is_called_full_and_leaves_the_earlier_checkpoint(tmp_path, small_disk):
-    code = """if True:
-        import sys, torch; from pathlib import Path; from plumbing import cli, runs
-        def main():
-            runs.save_checkpoint(sys.argv[1] + "/last.pt", {"step": 1, "model": torch.zeros(10000)})
-            try:
-                runs.save_checkpoint(sys.argv[1] + "/last.pt", {"step": 2, "model": torch.zeros(200000)})
-            finally:
-                print(torch.load(sys.argv[1] + "/last.pt")["step"], [p.name for p in Path(sys.argv[1]).iterdir()])
-        cli.run(main)"""
-    done = other_program(code, tmp_path / "disk", under=small_disk(tmp_path / "disk"))
+    done = other_program(FULL, tmp_path / "disk", under=small_disk(tmp_path / "disk"))
     assert done.returncode == 2 and done.stdout == "1 ['last.pt']\n"
-    assert f"the disk of {tmp_path}/disk/last.pt is full" in done.stderr and len(done.stderr.splitlines()) == 1
+    assert f"the disk of {tmp_path}/disk/last.pt is full" in done.stderr
+    assert len(done.stderr.splitlines()) == 1
 
 
 def test_a_bug_of_a_library_keeps_its_traceback(tmp_path):
     with pytest.raises(RuntimeError, match="a bug"), files.whole(tmp_path / "x"):
         raise RuntimeError("a bug")
     with pytest.raises(AttributeError):
-        runs.save_checkpoint(tmp_path / "x", {"model": lambda: torch.zeros(1)})
+        checkpoints.save_checkpoint(tmp_path / "x", {"model": lambda: torch.zeros(1)})
     assert not list(tmp_path.iterdir())
+
+
+def test_damaged_lines_are_left_out(tmp_path):
+    path = tmp_path / "metrics.jsonl"
+    assert files.read_lines(path) == []
+    path.write_text('{"step": 1}\n{"st\n3\n{"step": 2}\n{"step": 3}')
+    assert files.read_lines(path) == [{"step": 1}, {"step": 2}]

@@ -1,3 +1,4 @@
+"""The toy world: real video files whose pixels show what their labels say."""
 import subprocess
 import sys
 from pathlib import Path
@@ -30,7 +31,7 @@ def test_the_world_is_real_files_with_lists(tmp_path):
     assert picture.shape[0] > 4 * 64 and picture.std() > 20
 
 
-def test_what_was_interrupted_is_made_again_and_what_is_whole_is_left(tmp_path):
+def test_incomplete_splits_are_made_again_and_complete_ones_are_left(tmp_path):
     root = toy.make(tmp_path / "toy", {"train": 2}, workers=1)
     video = root / "videos/00000.mp4"
     video.write_bytes(b"")
@@ -40,7 +41,7 @@ def test_what_was_interrupted_is_made_again_and_what_is_whole_is_left(tmp_path):
     assert len(data.read_frames(video, toy.FPS, toy.SIZE)) == toy.FRAMES
 
 
-def test_a_world_written_split_by_split_is_the_one_written_at_once(tmp_path):
+def test_a_world_written_split_by_split_equals_one_written_at_once(tmp_path):
     split_by_split, at_once = (tmp_path / "a", tmp_path / "b")
     for split in ("val", "pretrain"):
         toy.make(split_by_split, SPLITS, workers=1, wanted=[split])
@@ -50,13 +51,15 @@ def test_a_world_written_split_by_split_is_the_one_written_at_once(tmp_path):
     for root in (split_by_split, at_once):
         toy.make(root, SPLITS, workers=1)
         assert toy.finished(root)
-    files = [sorted(path.relative_to(root) for path in root.rglob("*")) for root in (split_by_split, at_once)]
-    assert files[0] == files[1]
-    for file in files[0]:
-        assert (split_by_split / file).is_dir() or (split_by_split / file).read_bytes() == (at_once / file).read_bytes()
+    assert files_below(split_by_split) == files_below(at_once)
 
 
-def test_a_world_of_another_seed_is_not_taken_for_this_one(tmp_path):
+def files_below(root):
+    return {path.relative_to(root): path.read_bytes() for path in root.rglob("*")
+            if path.is_file()}
+
+
+def test_a_world_of_other_settings_is_refused(tmp_path):
     toy.make(tmp_path / "toy", {"train": 2}, seed=1, workers=1)
     with pytest.raises(UserError, match='made with .*"seed": 1.*, not .*"seed": 0'):
         toy.make(tmp_path / "toy", {"train": 2}, workers=1)
@@ -67,18 +70,20 @@ def test_a_world_of_another_seed_is_not_taken_for_this_one(tmp_path):
     (tmp_path / "toy/toy.json").write_bytes(b"{\xff")
     with pytest.raises(UserError, match="was made with"):
         toy.make(tmp_path / "toy", {"train": 2}, seed=1, workers=1)
-    (tmp_path / "toy/toy.json").unlink()  # made before worlds said it
+    (tmp_path / "toy/toy.json").unlink()
     assert toy.make(tmp_path / "toy", {"train": 3}, workers=1) == tmp_path / "toy"
 
 
 def test_a_disk_that_is_too_small_for_the_world_is_called_full(tmp_path, small_disk):
     argv = [sys.executable, toy.__file__, "--out", tmp_path / "disk/toy"]
-    done = subprocess.run([*small_disk(tmp_path / "disk"), *argv], check=False, capture_output=True, text=True)
-    assert done.returncode == 2 and f"the disk of {tmp_path}/disk/toy/videos is full" in done.stderr.splitlines()[-1]
+    done = subprocess.run([*small_disk(tmp_path / "disk"), *argv], check=False,
+                          capture_output=True, text=True)
+    assert done.returncode == 2
+    assert f"the disk of {tmp_path}/disk/toy/videos is full" in done.stderr.splitlines()[-1]
 
 
 def ink(video):
-    """Where the shape is: bool, of a video (F, S, S, 3) or a frame (S, S, 3)."""
+    """The pixels of the shape: bool, of a video (F, S, S, 3) or a frame (S, S, 3)."""
     background = np.median(video, axis=(-3, -2), keepdims=True)
     return np.abs(video.astype(int) - background).max(axis=-1) > 25
 
@@ -86,15 +91,17 @@ def ink(video):
 def centre(shapes):
     """The middle of bool (F, S, S) on the torus, in pixels -> (2, F): x and y, without jumps."""
     wave = np.exp(2j * np.pi * np.arange(64) / 64)
-    return np.array([np.unwrap(np.angle((shapes.sum(axis) * wave).sum(-1))) * 64 / (2 * np.pi) for axis in (1, 2)])
+    angles = [np.angle((shapes.sum(axis) * wave).sum(-1)) for axis in (1, 2)]
+    return np.unwrap(angles) * 64 / (2 * np.pi)
 
 
 def tilt(shapes, centres):
-    """The angle of the longer axis of bool (F, S, S), by its second moments -> (F,), without jumps; and how much longer
-    it is, which a symmetric shape is not."""
-    place = np.arange(64)
-    dx, dy = ((place - c[:, None] + 32) % 64 - 32 for c in centres)  # (F, S) each
-    xx, yy = ((shapes * dx[:, None, :] ** 2).sum((1, 2)), (shapes * dy[:, :, None] ** 2).sum((1, 2)))
+    """The longer axis of bool (F, S, S), by its second moments -> its angle (F,) without jumps, and
+    its share of the size (F,), 0 for a symmetric shape."""
+    pixel = np.arange(64)
+    dx, dy = ((pixel - c[:, None] + 32) % 64 - 32 for c in centres)  # (F, S) each
+    xx = (shapes * dx[:, None, :] ** 2).sum((1, 2))
+    yy = (shapes * dy[:, :, None] ** 2).sum((1, 2))
     xy = (shapes * dx[:, None, :] * dy[:, :, None]).sum((1, 2))
     return np.unwrap(np.arctan2(2 * xy, xx - yy)) / 2, np.hypot(2 * xy, xx - yy) / (xx + yy)
 
@@ -161,4 +168,5 @@ def test_a_single_frame_gives_the_appearance_away():
 
 def test_a_world_of_another_size_has_a_folder_of_its_own():
     assert toy.sized(2000) == (Path("datasets/toy"), toy.SPLITS)
-    assert toy.sized(240) == (Path("datasets/toy-240"), {"pretrain": 240, "train": 48, "val": 36, "test": 60})
+    splits = {"pretrain": 240, "train": 48, "val": 36, "test": 60}
+    assert toy.sized(240) == (Path("datasets/toy-240"), splits)
