@@ -1,0 +1,136 @@
+"""Readers of video lists: folders, text files, CSV and JSON.
+
+Every UserError here names the file, and the line or entry that is wrong.
+"""
+import codecs
+import csv
+import json
+import os
+from pathlib import Path
+
+from plumbing.cli import UserError
+from plumbing.decoding import VIDEO_ENDINGS
+
+
+def videos_below(root):
+    """All video files below a folder -> [path], sorted.
+
+    Follows links to folders. Each folder is entered once, so that links cannot loop.
+    """
+    paths, entered, tops = [], set(), [root]
+    for top in tops:  # grows by the links to folders
+        for folder, subfolders, files in os.walk(top):
+            status = os.stat(folder)
+            if (status.st_dev, status.st_ino) in entered:
+                subfolders.clear()
+                continue
+            entered.add((status.st_dev, status.st_ino))
+            paths += [os.path.join(folder, name) for name in files
+                      if Path(name).suffix.lower() in VIDEO_ENDINGS]
+            below = [os.path.join(folder, name) for name in sorted(subfolders)]
+            tops += filter(os.path.islink, below)
+    return sorted(paths)
+
+
+def existing(root, *names):
+    """The first of the files that exists below root."""
+    paths = [root / name for name in names]
+    for path in paths:
+        if path.exists():
+            return path
+    raise UserError(f"no {' or '.join(map(str, paths))}")
+
+
+def read_lines(path):
+    """The lines that are not blank -> {line number: str}.
+
+    Any bytes are accepted and decoded as in file names. A byte-order mark is dropped.
+    """
+    if not path.is_file():
+        raise UserError(f"{path} is not a file" if path.exists() else f"no {path}")
+    lines = path.read_bytes().removeprefix(codecs.BOM_UTF8).splitlines()
+    return {number: os.fsdecode(line) for number, line in enumerate(lines, 1) if line.strip()}
+
+
+def read_pairs(path, form, is_right=lambda pair: True):
+    """Lines of a name and a word -> {line number: [name, word]}. A name may contain spaces.
+
+    form: what a line looks like. A UserError quotes it beside a line that looks different.
+    """
+    pairs = {number: line.rsplit(None, 1) for number, line in read_lines(path).items()}
+    for pair in pairs.values():
+        if len(pair) != 2 or not is_right(pair):
+            raise UserError(f"{path}: every line is `{form}`, not {' '.join(pair)[:80]!r}")
+    return pairs
+
+
+def read_table(path, *columns):
+    """The rows of a CSV file, each with a value in these columns -> [dict]."""
+    try:
+        rows = list(csv.DictReader(read_lines(path).values()))
+    except csv.Error as error:
+        raise UserError(f"{path} is not a CSV file: {error}") from error
+    for number, row in enumerate(rows, 1):
+        for column in columns:
+            if not row.get(column):
+                raise UserError(f"{path}: row {number} has no {column}")
+    return rows
+
+
+def read_json(path, kind):
+    try:
+        content = json.loads("\n".join(read_lines(path).values()))
+    except (ValueError, RecursionError) as error:
+        raise UserError(f"{path} is not whole, or no JSON: {error}") from error
+    if not isinstance(content, kind):
+        raise UserError(f"{path}: a {kind.__name__} is expected, not a {type(content).__name__}")
+    return content
+
+
+def read_records(path, **fields):
+    """A JSON file's list of records, each with these fields, {name: type} -> [dict]."""
+    records = read_json(path, list)
+    for number, record in enumerate(records, 1):
+        for key, kind in fields.items():
+            if not isinstance(record, dict) or not isinstance(record.get(key), kind):
+                raise UserError(f"{path}: entry {number} has no {key} that can be read")
+    return records
+
+
+def is_number(text):
+    return text.isdecimal() and len(text) < 10
+
+
+def read_split_lists(root, split):
+    """The list of a split and all others in its folder -> {split: [(relative path, label)]}.
+
+    All are read, so that a label means the same in each. Raises UserError for the first line with a
+    word where other labels are numbers, a number where they are words, or a video's second label.
+    """
+    others = {path.stem for path in root.glob("*.txt") if is_split_list(path)}
+    lists, first, labels = {}, None, {}
+    for name in sorted(others | {split}):
+        path = root / f"{name}.txt"
+        lists[name] = []
+        for number, (video, label) in read_pairs(path, "relative/path.mp4 label").items():
+            label = int(label) if is_number(label) else label
+            first = first or (label, f"{path.name}, line {number}")
+            if type(label) is not type(first[0]):
+                raise UserError(f"{path}, line {number}: the label {label!r} does not go with "
+                                f"{first[0]!r} ({first[1]}): labels are whole numbers in all "
+                                f"lists of a folder, or words in all")
+            earlier = labels.setdefault(os.path.normpath(video), label)
+            if label != earlier:
+                raise UserError(f"{path}, line {number}: {video} has the label {label!r} here and "
+                                f"{earlier!r} before")
+            lists[name].append((video, label))
+    return lists
+
+
+def is_split_list(path):
+    """Whether a text file lists videos: its first line is a video file and a label."""
+    if path.name == "classes.txt" or not path.is_file():
+        return False
+    line = next(iter(read_lines(path).values()), "")
+    video, *label = line.rsplit(None, 1) or [""]
+    return bool(label) and Path(video).suffix.lower() in VIDEO_ENDINGS
