@@ -1,13 +1,15 @@
-"""Files that others released: their names and shapes -> ours, and unpickling without running anything.
+"""Files that others released: their names and shapes -> ours, unpickled without running anything.
 
-The VIMPAC checkpoints are plain state dicts. DALL-E's encoder.pkl and decoder.pkl are whole pickled modules: unpickling
-one runs whatever it says, and takes classes of a package that few have installed. Only its tensors are needed. The
-unpickler here knows the few names that such a file holds, stands a plain record in for each class, and refuses every
-other name.
+The VIMPAC checkpoints are plain state dicts. DALL-E's encoder.pkl and decoder.pkl are whole pickled
+modules: to unpickle one runs whatever it says, and needs a package that few have installed. Only
+their tensors are of use. The unpickler here knows the few names that such a file holds, replaces
+each class by a plain record, and refuses every other name.
 """
 import contextlib
 import pickle
+import re
 import struct
+import zipfile
 from collections import OrderedDict
 
 import torch
@@ -17,89 +19,142 @@ from plumbing.tokens import SPECIAL
 
 # ---------------------------------------------------------------- VIMPAC's checkpoints
 
+WRAPPERS = ("module", "_orig_mod")  # DistributedDataParallel's and torch.compile's
+LAYERS = "backbone.transformer.resblocks"
+QUERY = re.compile(rf"{LAYERS}\.(\d+)\.attention_blocks\.(\d+)\.attentions\.(\d+)\..*query.weight")
+
 
 @contextlib.contextmanager
 def reading(path):
-    """Around what reads a released checkpoint: names the file, and the tensor that it lacks or that does not fit."""
+    """Wraps code that reads a released checkpoint: its errors name the file and the tensor."""
     try:
         yield
     except (KeyError, UserError, RuntimeError) as error:
-        raise UserError(f"{path} is neither a checkpoint of this project nor a released VIMPAC one: "
-                        f"{'it lacks ' * isinstance(error, KeyError)}{str(error).splitlines()[-1].strip()}") from error
+        lacks = "it lacks " if isinstance(error, KeyError) else ""
+        reason = lacks + str(error).splitlines()[-1].strip()
+        raise UserError(f"{path} holds no weights of this model, ours or released: "
+                        f"{reason}") from error
+
+
+def strip_wrappers(state):
+    """Removes what wrappers add to the names of tensors, in place -> state."""
+    for name in list(state):
+        plain = ".".join(part for part in name.split(".") if part not in WRAPPERS)
+        state[plain] = state.pop(name)
+    return state
+
+
+def is_released(state):
+    """Whether a state dict has a released checkpoint's names."""
+    return any(name.startswith(LAYERS) for name in state)
 
 
 def transformer_sizes(state, layouts):
-    """What the keys and shapes of a released checkpoint say of its backbone -> {field of TransformerConfig: value}.
+    """The backbone of a released checkpoint -> {field of TransformerConfig: value}.
 
-    layouts: those to choose from; how many patterns each attention block has tells which. Heads are d / 64.
-    Raises UserError for an arrangement of blocks that no layout has, KeyError naming a tensor that is missing.
+    layouts: the layouts to choose from. The number of patterns of each attention block decides.
+    The number of heads is d / 64.
+    Raises UserError if no layout has these blocks, KeyError for a tensor that is missing.
     """
-    prefix = "backbone.transformer.resblocks."
-    places = [key[len(prefix):].split(".") for key in state if key.startswith(prefix)]
-    queries = {(int(p[0]), int(p[2]), int(p[4])) for p in places if p[1] == "attention_blocks" and p[3] == "attentions"}
-    blocks = 1 + max((q[1] for q in queries), default=-1)
-    patterns = [sum(q[:2] == (0, block) for q in queries) for block in range(blocks)]  # of the first layer
-    layout = next((name for name in layouts
-                   if [len(block.split("|")) for block in name.split(",")] == patterns), None)
-    if not patterns:
+    matches = filter(None, map(QUERY.fullmatch, state))
+    queries = [tuple(map(int, match.groups())) for match in matches]  # (layer, block, pattern)
+    if not queries:
         raise UserError("it holds no transformer")
+    blocks = 1 + max(block for _, block, _ in queries)
+    patterns = [sum(query[:2] == (0, block) for query in queries)  # of the first layer
+                for block in range(blocks)]
+    layout = next((name for name in layouts if patterns_of(name) == patterns), None)
     if layout is None:
         raise UserError(f"no layout has attention blocks of {patterns} patterns")
     pre_norm = "backbone.ln_post.weight" in state
-    dense = f"{prefix}0.attention_blocks.0.{'' if pre_norm else 'output.'}dense.weight"
+    dense = "dense.weight" if pre_norm else "output.dense.weight"
+    attention_dim = state[f"{LAYERS}.0.attention_blocks.0.{dense}"].shape[1]
     rows, dim = state["backbone.embedding.weight"].shape
-    frames, height, width = (len(state[f"backbone.positional_embedding.{axis}_pos_embedding"])
-                             for axis in ("temporal", "height", "width"))
+    frames, height, width = (
+        len(state[f"backbone.positional_embedding.{axis}_pos_embedding"])
+        for axis in ("temporal", "height", "width"))
     heads = max(1, dim // 64)
-    return dict(layers=1 + max(q[0] for q in queries), dim=dim, heads=heads, head_dim=state[dense].shape[1] // heads,
-                mlp_dim=len(state[f"{prefix}0.mlp.c_fc.weight"]), frames=frames, height=height, width=width,
-                vocab_size=rows - SPECIAL, layout=layout, pre_norm=pre_norm)
+    return {
+        "layers": 1 + max(layer for layer, _, _ in queries),
+        "dim": dim,
+        "heads": heads,
+        "head_dim": attention_dim // heads,
+        "mlp_dim": len(state[f"{LAYERS}.0.mlp.c_fc.weight"]),
+        "frames": frames,
+        "height": height,
+        "width": width,
+        "vocab_size": rows - SPECIAL,
+        "layout": layout,
+        "pre_norm": pre_norm,
+    }
 
 
-def take_backbone(state, layers, layout, pre_norm):
-    """The tensors of VideoTransformer; they are taken out of `state`.
+def patterns_of(layout):
+    """How many patterns each block of a layout has -> [int]."""
+    return [1 + block.count("|") for block in layout.split(",")]
 
-    Raises KeyError naming the first key that is missing, UserError naming one that is left over.
+
+def take_backbone(state, layouts):
+    """The backbone, removed from `state` -> {field of TransformerConfig: value}, {name: tensor}.
+
+    layouts: the layouts to choose from. Raises KeyError for the first key that is missing,
+    UserError for one that is left over.
     """
-    take = state.pop
-    ours = {"cls": take("backbone.cls_param"), "embedding.weight": take("backbone.embedding.weight"),
-            "cls_position": take("backbone.positional_embedding.cls_pos_embedding").flatten()}
-    for name, theirs in (("time", "temporal"), ("row", "height"), ("column", "width")):
-        ours[name] = take(f"backbone.positional_embedding.{theirs}_pos_embedding")
-    for kind in ("weight", "bias"):
-        ours[f"norm.{kind}"] = take(f"backbone.{'ln_post' if pre_norm else 'ln_pre'}.{kind}")
-        for i in range(layers):
-            layer, name = f"backbone.transformer.resblocks.{i}", f"layers.{i}"
-            for b, block in enumerate(layout.split(",")):
-                inner = f"{layer}.attention_blocks.{b}"
-                out = inner if pre_norm else f"{inner}.output"
-                ours[f"{name}.blocks.{b}.qkv.{kind}"] = torch.cat([
-                    take(f"{inner}.attentions.{p}.attention.{which}.{kind}")
-                    for p in range(len(block.split("|"))) for which in ("query", "key", "value")])
-                ours[f"{name}.blocks.{b}.out.{kind}"] = take(f"{out}.dense.{kind}")
-                ours[f"{name}.blocks.{b}.norm.{kind}"] = take(f"{out}.LayerNorm.{kind}")
-            for part, theirs in (("expand", "mlp.c_fc"), ("contract", "mlp.c_proj"), ("norm", "ln")):
-                ours[f"{name}.{part}.{kind}"] = take(f"{layer}.{theirs}.{kind}")
+    sizes = transformer_sizes(strip_wrappers(state), layouts)
+    tensors = take_tensors(state, sizes["layers"], sizes["layout"], sizes["pre_norm"])
     for key in state:
         if key.startswith("backbone."):
             raise UserError(f"this backbone has no place for {key}")
+    return sizes, tensors
+
+
+def take_tensors(state, layers, layout, pre_norm):
+    """The tensors of VideoTransformer, removed from `state` -> {our name: tensor}."""
+    positions = "backbone.positional_embedding"
+    ours = {
+        "cls": state.pop("backbone.cls_param"),
+        "embedding.weight": state.pop("backbone.embedding.weight"),
+        "cls_position": state.pop(f"{positions}.cls_pos_embedding").flatten(),
+        "time": state.pop(f"{positions}.temporal_pos_embedding"),
+        "row": state.pop(f"{positions}.height_pos_embedding"),
+        "column": state.pop(f"{positions}.width_pos_embedding"),
+    }
+    norm = "ln_post" if pre_norm else "ln_pre"
+    for kind in ("weight", "bias"):
+        ours[f"norm.{kind}"] = state.pop(f"backbone.{norm}.{kind}")
+        for i in range(layers):
+            released, layer = f"{LAYERS}.{i}", f"layers.{i}"
+            for b, patterns in enumerate(patterns_of(layout)):
+                inner, block = f"{released}.attention_blocks.{b}", f"{layer}.blocks.{b}"
+                out = inner if pre_norm else f"{inner}.output"
+                qkv = [state.pop(f"{inner}.attentions.{p}.attention.{name}.{kind}")
+                       for p in range(patterns) for name in ("query", "key", "value")]
+                ours[f"{block}.qkv.{kind}"] = torch.cat(qkv)
+                ours[f"{block}.out.{kind}"] = state.pop(f"{out}.dense.{kind}")
+                ours[f"{block}.norm.{kind}"] = state.pop(f"{out}.LayerNorm.{kind}")
+            ours[f"{layer}.fc1.{kind}"] = state.pop(f"{released}.mlp.c_fc.{kind}")
+            ours[f"{layer}.fc2.{kind}"] = state.pop(f"{released}.mlp.c_proj.{kind}")
+            ours[f"{layer}.norm.{kind}"] = state.pop(f"{released}.ln.{kind}")
     return ours
 
 
 def take_token_head(state):
-    """The tensors of TokenHead; they are taken out of `state`. KeyError names one that is missing."""
-    ours = {f"{name}.{kind}": state.pop(f"mlm_head.{theirs}.{kind}")
-            for name, theirs in (("dense", "transform.0"), ("norm", "transform.2")) for kind in ("weight", "bias")}
-    ours["bias"] = state.pop("mlm_head.bias")
-    state.pop("mlm_head.decoder.bias", None)  # tied: the same tensors under a second name
-    state.pop("mlm_head.decoder.weight", None)
+    """The tensors of TokenHead, removed from `state` -> {our name: tensor}.
+
+    Raises KeyError for one that is missing.
+    """
+    ours = {"bias": state.pop("mlm_head.bias")}
+    for kind in ("weight", "bias"):
+        ours[f"dense.{kind}"] = state.pop(f"mlm_head.transform.0.{kind}")
+        ours[f"norm.{kind}"] = state.pop(f"mlm_head.transform.2.{kind}")
+        state.pop(f"mlm_head.decoder.{kind}", None)  # tied: the same tensor under a second name
     return ours
 
 
 def take_projection_head(state):
-    """The tensors of ProjectionHead, taken out of `state` -> sizes (dim, hidden, layers, out), tensors.
+    """The tensors of ProjectionHead, removed from `state` -> (dim, hidden, layers, out), tensors.
 
-    KeyError names a tensor that is missing; layers and widths are read off the shapes.
+    The keys and shapes give the sizes. Raises KeyError for a tensor that is missing.
     """
     name = "cls_head.mlp"
     layers = sum(key.startswith(f"{name}.linear_") and key.endswith(".weight") for key in state)
@@ -115,71 +170,119 @@ def take_projection_head(state):
 
 # ---------------------------------------------------------------- DALL-E's pickled modules
 
-STORAGES = {"FloatStorage": torch.float32, "HalfStorage": torch.float16, "BFloat16Storage": torch.bfloat16,
-            "DoubleStorage": torch.float64, "LongStorage": torch.int64}
+STORAGES = {
+    "FloatStorage": torch.float32,
+    "HalfStorage": torch.float16,
+    "BFloat16Storage": torch.bfloat16,
+    "DoubleStorage": torch.float64,
+    "LongStorage": torch.int64,
+}
 MODULES = {  # classes whose objects are read as plain records of their attributes
-    "dall_e.encoder": {"Encoder", "EncoderBlock"}, "dall_e.decoder": {"Decoder", "DecoderBlock"},
-    "dall_e.utils": {"Conv2d"}, "torch.nn.modules.container": {"Sequential"}, "torch.nn.modules.activation": {"ReLU"},
-    "torch.nn.modules.pooling": {"MaxPool2d"}, "torch.nn.modules.upsampling": {"Upsample"},
-    "torch.nn.modules.linear": {"Identity"}}
+    "dall_e.encoder": {"Encoder", "EncoderBlock"},
+    "dall_e.decoder": {"Decoder", "DecoderBlock"},
+    "dall_e.utils": {"Conv2d"},
+    "torch.nn.modules.container": {"Sequential"},
+    "torch.nn.modules.activation": {"ReLU"},
+    "torch.nn.modules.pooling": {"MaxPool2d"},
+    "torch.nn.modules.upsampling": {"Upsample"},
+    "torch.nn.modules.linear": {"Identity"},
+}
+FUNCTIONS = {
+    # The numbers of a tensor come later in the file: (storage, offset, size, stride) until then.
+    ("torch._utils", "_rebuild_tensor_v2"): lambda *args: args[:4],
+    ("torch._utils", "_rebuild_parameter"): lambda tensor, *_: tensor,
+    ("torch", "device"): lambda *_: None,
+    ("collections", "OrderedDict"): OrderedDict,
+    ("__builtin__", "set"): set,
+    ("builtins", "set"): set,
+}
+MAGIC = 0x1950a86a20f9469cfc6c  # the first number of torch.save's old format
+PICKLE_ERRORS = (pickle.UnpicklingError, EOFError, OSError, struct.error, LookupError, TypeError,
+                 AttributeError, ValueError, RuntimeError)  # of a damaged or foreign file
 
 
 class Record:
-    """Stands in for a pickled module: unpickling fills its __dict__ and runs nothing."""
+    """Replaces a pickled module: unpickling fills its __dict__ and runs nothing."""
 
 
 class Unpickler(pickle.Unpickler):
-    """Knows the names of MODULES, and what torch.save writes for tensors. Raises UserError naming any other."""
+    """Knows MODULES and what torch.save writes for tensors. Raises UserError for other names."""
 
     def find_class(self, module, name):
         if name in MODULES.get(module, ()):
             return Record
         if module == "torch" and name in STORAGES:
             return STORAGES[name]
-        known = {("torch._utils", "_rebuild_tensor_v2"): lambda *where: where[:4],  # of the numbers, which come later
-                 ("torch._utils", "_rebuild_parameter"): lambda tensor, *_: tensor,
-                 ("torch", "device"): lambda *_: None, ("collections", "OrderedDict"): OrderedDict,
-                 ("__builtin__", "set"): set, ("builtins", "set"): set}
-        if (module, name) not in known:
-            raise UserError(f"the file names {module}.{name}, which no DALL-E encoder or decoder needs: not loaded")
-        return known[module, name]
+        if (module, name) not in FUNCTIONS:
+            raise UserError(refusal(f"{module}.{name}"))
+        return FUNCTIONS[module, name]
 
     def persistent_load(self, saved):
-        if saved[0] == "module":  # a class, with its source: only the class counts
+        if saved[0] == "module":  # (kind, class, source): only the class counts
             return saved[1]
         if saved[0] != "storage":
-            raise UserError(f"the file holds {saved[0]!r} where a tensor's storage was expected: not loaded")
+            raise UserError(f"the file holds {saved[0]!r} where a tensor's storage was expected: "
+                            f"not loaded")
         return saved[2], saved[1]  # key, dtype
 
 
 def read_module(path):
-    """The tensors of a module pickled by torch.save in its old format, not the zip -> {name: tensor}.
+    """The tensors of a module pickled by torch.save -> {name: tensor}.
 
-    Raises UserError, with the file's name, for any other file, and for one that names what it should not.
+    Reads zip files and the old format, in which DALL-E was released. Raises UserError, naming the
+    file, for any other file and for one that names other classes.
     """
     try:
+        if zipfile.is_zipfile(path):
+            return read_zip(path)
         with open(path, "rb") as file:
-            mark, _, _, root = (Unpickler(file).load() for _ in range(4))  # _: the format's version, the machine
-            if mark != 0x1950a86a20f9469cfc6c:
-                raise UserError("the file is not one of torch.save's old format")
-            dtypes, numbers = dict(storage for _, (storage, *_) in _walk(root, "")), {}
-            for key in Unpickler(file).load():
-                count, = struct.unpack("<q", file.read(8))
-                numbers[key] = torch.frombuffer(bytearray(file.read(count * dtypes[key].itemsize)), dtype=dtypes[key])
-        return {name: torch.as_strided(numbers[storage[0]], size, stride, offset).clone()
-                for name, (storage, offset, size, stride) in _walk(root, "")}
-    except (pickle.UnpicklingError, EOFError, OSError, struct.error, LookupError, TypeError, AttributeError, ValueError,
-            RuntimeError) as error:
-        reason = "no module pickled by torch.save in its old format"
-        raise UserError(f"{path}: {error if isinstance(error, (UserError, OSError)) else reason}") from error
+            return read_tensors(file)
+    except PICKLE_ERRORS as error:
+        reason = "no module pickled by torch.save"
+        if isinstance(error, (UserError, OSError)):
+            reason = error
+        raise UserError(f"{path}: {reason}") from error
 
 
-def _walk(module, prefix):
-    """All tensors below a record -> (dotted name, Tensor), as state_dict names them."""
+def read_zip(path):
+    """torch.save's zip format. torch reads it without running code, but needs the classes."""
+    records = [(Record, f"{module}.{name}") for module, names in MODULES.items() for name in names]
+    try:
+        with torch.serialization.safe_globals(records):
+            module = torch.load(path, map_location="cpu", weights_only=True)
+    except pickle.UnpicklingError as error:
+        if named := re.search(r"GLOBAL (\S+) was not an allowed global", str(error)):
+            raise UserError(refusal(named[1])) from error
+        raise
+    return {name: tensor.detach() for name, tensor in walk(module, "")}
+
+
+def refusal(name):
+    return f"the file names {name}, which no DALL-E encoder or decoder needs: not loaded"
+
+
+def read_tensors(file):
+    """torch.save's old format: four pickles, one of the storages' keys, then their numbers."""
+    magic, _, _, root = (Unpickler(file).load() for _ in range(4))  # _: version, machine
+    if magic != MAGIC:
+        raise UserError("the file is not one of torch.save's old format")
+    tensors = dict(walk(root, ""))
+    dtypes = dict(storage for storage, *_ in tensors.values())
+    numbers = {}
+    for key in Unpickler(file).load():
+        count, = struct.unpack("<q", file.read(8))
+        content = bytearray(file.read(count * dtypes[key].itemsize))
+        numbers[key] = torch.frombuffer(content, dtype=dtypes[key])
+    return {name: torch.as_strided(numbers[key], size, stride, offset).clone()
+            for name, ((key, _), offset, size, stride) in tensors.items()}
+
+
+def walk(module, prefix):
+    """All tensors below a record -> (dotted name, tensor), named as in state_dict."""
     if not isinstance(module, Record):
         raise UserError("the file holds no module")
     for name, tensor in module.__dict__["_parameters"].items():
         if tensor is not None:
             yield prefix + name, tensor
     for name, child in module.__dict__["_modules"].items():
-        yield from _walk(child, f"{prefix}{name}.")
+        yield from walk(child, f"{prefix}{name}.")

@@ -1,4 +1,4 @@
-"""What a report of a bug needs to know of the machine: python -m plumbing.versions"""
+"""The versions and the machine, for a bug report: python -m plumbing.versions"""
 import os
 import platform
 from importlib.metadata import version
@@ -6,12 +6,19 @@ from importlib.metadata import version
 import imageio_ffmpeg
 import torch
 
-from plumbing.fitting import system_free
+PACKAGES = ("torch", "numpy", "imageio", "matplotlib", "tensorboard")
+
+
+def main():
+    print(f"Python {platform.python_version()} on {platform.platform()}")
+    print(", ".join(f"{name} {version(name)}" for name in PACKAGES))
+    print(f"ffmpeg {imageio_ffmpeg.get_ffmpeg_version()}")
+    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")  # bytes, free or not
+    print(f"{os.cpu_count()} cores, {torch.get_num_threads()} threads, "
+          f"{memory / 1e9:.0f} GB of memory")
+    gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else "none"
+    print(f"GPU: {gpu}, MPS: {torch.backends.mps.is_available()}")
+
 
 if __name__ == "__main__":
-    print(f"Python {platform.python_version()} on {platform.platform()}")
-    print(", ".join(f"{name} {version(name)}" for name in ("torch", "numpy", "imageio", "matplotlib", "tensorboard")))
-    print(f"ffmpeg {imageio_ffmpeg.get_ffmpeg_version()}")
-    print(f"{os.cpu_count()} cores, {torch.get_num_threads()} threads, {system_free() / 1e9:.0f} GB of memory free")
-    print(f"GPU: {torch.cuda.get_device_name() if torch.cuda.is_available() else 'none'}, MPS: "
-          f"{torch.backends.mps.is_available()}")
+    main()
