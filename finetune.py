@@ -2,99 +2,98 @@
 
     python finetune.py                                     the toy model just made, on motion
     python finetune.py --labels appearance                 the toy's other task
-    python finetune.py --from-scratch                      the same sizes, random weights, for comparison
+    python finetune.py --from-scratch                      the same sizes, random weights
     python finetune.py --checkpoint classifier.pt --dataset ucf101 --split 1 --data tokens/ucf101
     python finetune.py --checkpoint classifier.pt --dataset ucf101-results --data tokens/ucf101-256
-    python finetune.py --predict VIDEO ... --checkpoint runs/finetune-motion/last.pt      the classes of any videos
+    python finetune.py --predict VIDEO ... --checkpoint runs/finetune-motion/last.pt
 
---data is a folder of token stores, made by vqvae.py tokenize: train, test and, where choices are to be made, val; of
-UCF101 and HMDB51 train1 and test1 to train3 and test3.
+--data is a folder of token stores, made by vqvae.py tokenize: train, test and, to make choices,
+val; of UCF101 and HMDB51 train1 and test1 to train3 and test3.
 
-Shapes: n videos in this process's batch, T frames, H x W tokens a frame, d hidden size, C classes.
+Shapes: n videos of a batch on this process, T frames, H x W tokens a frame, d hidden size,
+C classes.
 """
 import sys
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
 from torch import nn
-from torch.utils.data import DataLoader
+from torch.nn.parallel import DistributedDataParallel
 
 import data
 import predict
-from plumbing import checkpoints, processes, runs
+from plumbing import checkpoints, datasets, processes, runs
 from plumbing.cli import UserError, option, parse, progress, run
-from plumbing.decoding import cores
-from plumbing.files import lock
-from plumbing.fitting import fit, memory_explained, slices
+from plumbing.fitting import describe, fit
 from plumbing.pictures import draw_confusion, draw_curves
-from plumbing.processes import move, rank_and_world, say, seed_all
-from plumbing.store import check_alike
+from plumbing.processes import agree, autocast, move, rank_and_world, say
 from plumbing.tokens import PAD
+from prepare import open_stores, pick_labels
 from transformer import VideoTransformer, load_backbone
 
 PAPER = dict(data="", lr=None, batch=128, warmup=0.1, weight_decay=0.01, labels="label", workers=4)
-DATASETS = {  # Table 4, and the released frame rates; scratch_epochs: how many times the epochs without pre-training
+PRESETS = {
     "toy": {},  # the defaults below
-    "own": dict(PAPER, epochs=50.0, fps=2.0, scratch_epochs=4.0),  # any other: as for the small ones
-    "ucf101": dict(PAPER, epochs=50.0, fps=2.0, scratch_epochs=4.0, split=1, clips=2),  # the analyses: at S = 128
-    "hmdb51": dict(PAPER, epochs=50.0, fps=4.0, scratch_epochs=4.0, split=1, clips=2),
-    "diving48": dict(PAPER, epochs=50.0, fps=4.0, scratch_epochs=4.0, clips=2),
-    "ssv2": dict(PAPER, epochs=22.0, fps=4.0, scratch_epochs=1.5, clips=2),
-    "kinetics400": dict(PAPER, epochs=30.0, fps=2.0, scratch_epochs=1.5, clips=2)}
-DATASETS |= {f"{name}-results": dict(DATASETS[name], frames=10, fps=4.0, clips=10)  # Table 1: large, at S = 256
-             for name in ("ucf101", "hmdb51", "diving48", "ssv2", "kinetics400")}
+    "own": dict(PAPER, epochs=50.0, fps=2.0, scratch_epochs=4.0)}  # as for small datasets
+TUNED = {name: entry for name, entry in datasets.DATASETS.items() if entry.epochs}
+PRESETS |= {name: dict(PAPER, epochs=entry.epochs, scratch_epochs=entry.scratch_epochs, clips=2,
+                       fps=entry.analysis_fps, split=int("train1" in entry.splits))
+            for name, entry in TUNED.items()}  # the analyses: T = 5, S = 128
+PRESETS |= {f"{name}-results": dict(PRESETS[name], frames=10, fps=entry.results_fps, clips=10)
+            for name, entry in TUNED.items()}  # Table 1: large, T = 10, S = 256
 BETAS = (0.9, 0.999)  # of Adam, Table 4
 
 
 @dataclass
 class Config(runs.RunSettings):
-    dataset: str = option("toy", "Table 4's numbers for a dataset: of the analyses or, -results, of Table 1",
-                          choices=list(DATASETS))
+    dataset: str = option("toy", "preset of Table 4: of the analyses or, -results, of Table 1",
+                          list(PRESETS), group="model and labels")
     checkpoint: str = option("", "pre-trained or fine-tuned model, ours or a released one")
-    predict: tuple = option((), "video files whose classes a fine-tuned checkpoint is to tell, with its own settings")
-    tokenizer: str = option("", "tokenizer of --predict's videos (default: the one that the checkpoint knows)")
-    from_scratch: bool = option(False, "take only the sizes from the checkpoint and start from random weights")
-    data: str = option("datasets/toy/tokens", "folder with the token stores, of another dataset tokens/DATASET")
-    split: int = option(0, "1, 2 or 3 of UCF101 and HMDB51 (0: the stores are called train and test)", least=0, most=3)
-    labels: str = option("motion", "label set to learn (the toy has motion, appearance and direction)")
-    few: int = option(0, "train on so many videos, of each class its share (0: on all)", least=0)
-    out: str = option("", "folder of the run, named after labels or dataset, and -scratch where it is")
+    from_scratch: bool = option(False, "random weights, with the sizes of the checkpoint")
+    data: str = option("datasets/toy/tokens", "folder of the token stores")
+    split: int = option(0, "1, 2 or 3 of UCF101 and HMDB51 (0: train and test)", least=0, most=3)
+    labels: str = option("motion", "label set (the toy has motion, appearance and direction)")
+    num_labels: int = option(0, "train on so many videos, in class proportion (0: all)", least=0)
+    out: str = option("", "folder of the run (default: runs/finetune-LABELS or -DATASET)")
     eval_only: bool = option(False, "test the checkpoint's own classifier, without training")
-    eval_split: str = option("test", "which store to measure on: val to choose, test to report")
-    # the clips
-    frames: int = option(0, "frames of a clip, T (0: as many as the checkpoint's; else its positions are interpolated)",
-                         least=0, most=1000)
-    fps: float = option(2.67, "frames a second of a clip, taken from those stored", above=0, most=1000)
+    eval_split: str = option("test", "store to measure on: val to choose, test to report")
+    predict: tuple = option((), "classify these videos with a fine-tuned checkpoint")
+    tokenizer: str = option("", "tokenizer of --predict (default: the checkpoint's)")
+    frames: int = option(0, "frames of a clip, T (0: those of the checkpoint)", least=0, most=1000,
+                         group="clips")
+    fps: float = option(2.67, "frames a second of a clip", above=0, most=1000)
     clips: int = option(10, "evenly spaced clips a video at test", least=1, most=1000)
-    # training (Table 4)
-    epochs: float = option(24.0, "passes over the training videos", least=0)
-    scratch_epochs: float = option(4.0, "how many times these with --from-scratch", above=0)
+    epochs: float = option(24.0, "passes over the training videos", least=0, group="training")
+    scratch_epochs: float = option(4.0, "--from-scratch trains so many times longer", above=0)
     batch: int = option(16, "videos a step, over all processes", least=1)
-    lr: float | None = option(None, "peak learning rate (of the paper's datasets: 1e-4, for large 5e-5)", above=0)
+    lr: float | None = option(None, "peak learning rate (default: the preset's)", above=0)
     weight_decay: float = option(0.01, "weight decay", least=0)
-    workers: int = option(0, "processes that load clips (0: the training process itself)", least=0, most=512)
+    workers: int = option(0, "processes that load clips", least=0, most=512)
     log_every: int = option(25, "steps between two lines of metrics", least=1)
 
     def __post_init__(self):
         if self.from_scratch and self.eval_only:
             raise UserError("--from-scratch --eval-only: there is nothing to test without training")
-        if self.lr is None and self.dataset == "toy":  # the best on its validation split, pre-trained
-            self.lr = 1e-3
+        if self.lr is None and self.dataset == "toy":
+            self.lr = 1e-3  # the best on its validation split
         self.data = self.data or f"tokens/{self.dataset}"
-        name = self.labels if self.dataset == "toy" else self.dataset + f"-split{self.split}" * (self.split > 0)
-        usual = f"runs/finetune-{name}{'-scratch' * self.from_scratch}"
-        self.checkpoint = self.checkpoint or (f"{usual}/last.pt" if self.predict else "runs/toy/last.pt")
-        self.out = self.out or (str(Path(self.checkpoint).parent) if self.predict else usual)
-        tests = self.eval_only or self.predict
-        if Path(self.checkpoint).resolve().parent == Path(self.out).resolve() and not (self.resume or tests):
-            raise UserError(f"--checkpoint {self.checkpoint}: give the new run a folder of its own with --out")
+        name = self.labels
+        if self.dataset != "toy":
+            name = f"{self.dataset}-split{self.split}" if self.split else self.dataset
+        usual = f"runs/finetune-{name}{'-scratch' if self.from_scratch else ''}"
+        if not self.checkpoint:
+            self.checkpoint = f"{usual}/last.pt" if self.predict else "runs/toy/last.pt"
+        if not self.out:
+            self.out = str(Path(self.checkpoint).parent) if self.predict else usual
+
+
+# ---------------------------------------------------------------- the model
 
 
 class Classifier(nn.Module):
-    """The backbone and one Linear on CLS that starts at 0: tokens (n, T, H, W) -> logits (n, C)."""
+    """The backbone and a Linear on CLS, which starts at 0: tokens (n, T, H, W) -> logits (n, C)."""
 
     def __init__(self, backbone, classes):
         super().__init__()
@@ -103,189 +102,203 @@ class Classifier(nn.Module):
         nn.init.zeros_(self.classifier.weight)
         nn.init.zeros_(self.classifier.bias)
 
-    def forward(self, tokens, padded=None):
-        return self.classifier(self.backbone(tokens, padded)[0])
+    def forward(self, tokens, has_pad=False):
+        cls, _ = self.backbone(tokens, has_pad)  # (n, d)
+        return self.classifier(cls)
 
 
-def trained_classifier(path):
-    """The classifier of a fine-tuned checkpoint, ours or a released one -> {"weight": (C, d), "bias": (C,)}."""
+def load_classifier(path):
+    """The classifier of a fine-tuned checkpoint -> {"weight": (C, d), "bias": (C,)}."""
     checkpoint = checkpoints.read_checkpoint(path)
     state = checkpoint.get("model", checkpoint)
-    name = "classifier" if "classifier.weight" in state else "cls_fc"
-    if f"{name}.weight" not in state:
-        raise UserError(f"{path} holds no classifier: fine-tune it first, without --eval-only or --predict")
-    return {kind: state[f"{name}.{kind}"] for kind in ("weight", "bias") if f"{name}.{kind}" in state}
+    for name in ("classifier", "cls_fc"):  # ours, the released ones
+        if f"{name}.weight" in state:
+            return {kind: state[f"{name}.{kind}"] for kind in ("weight", "bias")}
+    raise UserError(f"{path} holds no classifier: fine-tune it first, without --eval-only or "
+                    f"--predict")
 
 
-def pick_labels(stores, wanted):
-    """The label set to use: the one asked for; where only the default is, the only one there is
-    -> name, number of classes, their names."""
-    first = next(iter(stores.values()))
-    sets = first.label_sets()
-    name = sets[0] if len(sets) == 1 and wanted in ("label", "motion") else wanted
-    largest = max(int(store.labels(name).max()) for store in stores.values())
-    names = (first.header["classes"] or {}).get(name) or [str(i) for i in range(largest + 1)]
-    if any(int(store.labels(name).min()) < 0 for store in stores.values()):
-        raise UserError(f"some videos of {', '.join(str(s.path) for s in stores.values())} have no label {name!r}")
-    if largest >= len(names):
-        raise UserError(f"label {largest} of {name!r} is beyond its {len(names)} classes")
-    return name, len(names), names
-
-
-@torch.no_grad()
-def evaluate(model, store, config, device, precision):
-    """Softmax probabilities averaged over clips and views -> float32 (videos, C), on every process.
-
-    Each process tests every world-th video, so every video counts exactly once.
-    """
-    rank, world = rank_and_world()
-    model.eval()
-    clips = data.EvenClips(store, model.backbone.config.frames, data.stride_for(store, config.fps), config.clips)
-    own = processes.share(range(len(store)), rank, world)
-    at_once = max(1, 64 // (store.views * config.clips))  # videos
-    loader = DataLoader(clips, batch_size=at_once, sampler=own, num_workers=min(config.workers, cores()))
-    result = torch.zeros(len(store), model.classifier.out_features, device=device)
-    for i, batch in enumerate(progress(loader, "testing", len(loader), " batches", show=rank == 0)):
-        with processes.autocast(device, precision):
-            parts = batch.flatten(0, 1).to(device).split(4 * config.micro_batch or 64)
-            logits = torch.cat([model(part) for part in parts])  # (videos * clips, C)
-        p = logits.float().softmax(dim=-1).unflatten(0, batch.shape[:2]).mean(dim=1)  # (videos, C)
-        result[list(own[i * at_once:(i + 1) * at_once])] = p
-    return processes.sum_over_all(result)
-
-
-def update(model, config, clips, truth, pad, optimizer, precision, step):
-    """One optimizer step on clips int64 (n, T, H, W) and their classes (n,), a micro-batch after the other -> loss and
-    accuracy, the learning rate. pad: the id of PAD."""
-    seed_all(config.seed, step, rank_and_world()[0])
-    device, found = next(model.parameters()).device, []
-    for part in slices(0, len(clips), config.micro_batch):
-        with processes.exchanging(model, part.stop == len(clips)):
-            with processes.autocast(device, precision):
-                logits = model(move(clips[part], device), bool((clips[part] == pad).any())).float()  # (n, C)
-            classes = move(truth[part], device)
-            loss = F.cross_entropy(logits, classes, reduction="sum") / len(clips)
-            optimizer.backward(loss)
-        found.append((loss.detach(), (logits.argmax(dim=-1) == classes).sum() / len(clips)))
-    loss, accuracy = (sum(values) for values in zip(*found))
-    return {"loss": loss, "train_accuracy": accuracy}, optimizer.step(step)
-
-
-def try_out(model, precision, videos):
-    """Forward and backward with so many clips at a time, as if some were PAD: what takes most."""
-    shape, device = model.backbone.config, model.backbone.cls.device
-    clips = torch.zeros(videos, shape.frames, shape.height, shape.width, dtype=torch.long, device=device)
-    with torch.compiler.set_stance("force_eager"), processes.autocast(device, precision):
-        logits = model(clips, True)
-    (0 * logits.sum()).backward()
-
-
-def train(config, model, store, labels, device, tokens=None):
-    """The whole of fine-tuning, from config.out/last.pt on where --resume asks for it. tokens: `predict.origin`."""
-    (rank, world), precision = rank_and_world(), processes.pick_precision(config.precision, device)
-    videos = data.few_labels(store.labels(labels), config.few, config.seed)
-    epochs = config.epochs * (config.scratch_epochs if config.from_scratch else 1)
-    model.train()
-    memory = fit(config, model, config.batch // world, device, partial(try_out, model, precision))
-    shape = model.backbone.config
-    say(f"{len(videos)} videos, {shape.frames} x {shape.height} x {shape.width} tokens a clip, on {world} x "
-        f"{processes.device_name(device)}: {config.micro_batch} clips at a time{memory}")
-    training = runs.Run(config, model, len(videos), epochs, BETAS, device, tokens or predict.origin(store))
-    samples = data.RandomClips(store, labels, shape.frames, data.stride_for(store, config.fps), config.seed)
-    batches = data.Batches(videos, config.batch, training.steps, training.first, config.seed, rank, world)
-    loader = iter(DataLoader(samples, batch_sampler=batches, num_workers=min(config.workers, cores())))
-    pad = store.header["vocab_size"] + PAD
-    for step in training.each_step("fine-tuning"):
-        clips, truth = next(loader)  # (n, T, H, W), (n,)
-        with memory_explained(config):
-            found, lr = update(training.wrapped, config, clips, truth, pad, training.optimizer, precision, step)
-        training.record(step, found, lr, "loss {loss:.3f} accuracy {train_accuracy:.1%}")
-
-
-def prepare(config, device):
-    """Stores and model -> ({split: TokenStore}, label set, class names, Classifier, how the tokens were made)."""
-    splits = [config.eval_split] if config.eval_only else ["train", config.eval_split]
-    stores = {split: data.open_store(config.data, f"{split}{config.split or ''}", *[split] * (config.split == 1))
-              for split in splits}  # split 1 may also be called by its part alone
-    check_alike(*stores.values())
-    labels, classes, names = pick_labels(stores, config.labels)
-    seed_all(config.seed)
-    store, backbone = stores[config.eval_split], load_backbone(config.checkpoint, dropout=config.dropout)
+def build(config, stores, classes):
+    """The classifier for stores of tokens, {split: TokenStore}, from config.checkpoint."""
+    processes.seed_all(config.seed)
+    store = stores[config.eval_split]
+    backbone = load_backbone(config.checkpoint, dropout=config.dropout)
     before = backbone.config
     after = backbone.resize(config.frames or before.frames, store.height, store.width).config
     if before != after:
-        say(f"interpolated the positions from {before.frames} x {before.height} x {before.width} tokens a clip to "
-            f"{after.frames} x {after.height} x {after.width}")
-    if config.from_scratch:
-        backbone = VideoTransformer(backbone.config)
-    backbone.recompute = config.recompute
-    known = checkpoints.read_checkpoint(config.checkpoint).get("tokens", {})
+        say(f"interpolated the positions from {before.frames} x {before.height} x {before.width} "
+            f"tokens a clip to {after.frames} x {after.height} x {after.width}")
+    learnt = checkpoints.read_checkpoint(config.checkpoint).get("tokens", {})
     for store in stores.values():
-        if store.header["vocab_size"] != backbone.config.vocab_size:
-            raise UserError(f"{store.path} holds {store.header['vocab_size']} codes, "
-                            f"the model of {config.checkpoint} knows {backbone.config.vocab_size}")
-        checkpoints.same_tokenizer(config.checkpoint, known, store.header, store.path)
+        if store.header["vocab_size"] != after.vocab_size:
+            raise UserError(f"{store.path} holds {store.header['vocab_size']} codes, the model of "
+                            f"{config.checkpoint} has {after.vocab_size}")
+        checkpoints.check_tokenizer(config.checkpoint, learnt, store.header)
+    if config.from_scratch:
+        backbone = VideoTransformer(after)
     model = Classifier(backbone, classes)
     if config.eval_only:
-        trained = trained_classifier(config.checkpoint)
-        if len(trained["weight"]) != classes:
-            raise UserError(f"{config.checkpoint} tells {len(trained['weight'])} classes apart, "
-                            f"the labels have {classes}")
-        checkpoints.load_weights(model.classifier, trained, config.checkpoint)
-    if config.lr is None:
-        config.lr = 5e-5 if backbone.config.dim >= 1024 else 1e-4
-    first, last = stores[splits[0]], stores[config.eval_split]
-    same_root = first is not last and first.header["root"] == last.header["root"]
-    if same_root and (both := len(first.names() & last.names())):
-        say(f"{both} of the {len(last)} videos to test on are trained on, too")
-    tokens = predict.origin(last, known.get("tokenizer", ""), labels=labels, classes=names)
-    return stores, labels, names, model.to(device), tokens
+        checkpoints.load_weights(model.classifier, load_classifier(config.checkpoint),
+                                 config.checkpoint)
+    return model
 
 
-def predict_videos(config, device, precision):
-    """The whole of --predict."""
-    trained = trained_classifier(config.checkpoint)
-    model = Classifier(load_backbone(config.checkpoint), len(trained["weight"]))
-    checkpoints.load_weights(model.classifier, trained, config.checkpoint)
-    predict.classify(config, model.to(device), precision)
+# ---------------------------------------------------------------- training
 
 
-def main():
-    config = parse(Config, sys.argv[1:], __doc__, DATASETS, chosen_by="dataset")
-    processes.launch(config.gpus)
-    device = processes.pick_device(config.device)
-    precision = processes.pick_precision(config.precision, device)
-    if config.predict:
-        return predict_videos(config, device, precision)
-    stores, labels, names, model, tokens = prepare(config, device)
-    world = rank_and_world()[1]
-    if not config.eval_only:
-        videos = min(config.few or len(stores["train"]), len(stores["train"]))
-        config.batch = min(config.batch, videos // world * world)
-        if config.batch % world or config.batch < 1:
-            raise UserError(f"--batch {config.batch}: it must be a multiple of the {world} processes")
-        processes.by_first(lock, config.out)
-        train(config, model, stores["train"], labels, device, tokens)
-    store = stores[config.eval_split]
-    with torch.compiler.set_stance("force_eager"), memory_explained(config):  # not worth compiling for each shape
-        p = evaluate(model, store, config, device, precision).cpu()  # (videos, C)
-    processes.leave_group()
-    report(config, store, p, labels, names)
+def train(config, model, store, labels, device, origin):
+    """Fine-tunes `model` on a label set of a TokenStore. origin: see `predict.origin`."""
+    (rank, world), shape = rank_and_world(), model.backbone.config
+    videos = data.few_labels(store.labels(labels), config.num_labels, config.seed)
+    epochs = config.epochs * (config.scratch_epochs if config.from_scratch else 1)
+    steps, end = runs.schedule(config, len(videos), epochs)
+    optimizer, scaler = runs.build_optimizer(model, config, BETAS, device)
+    first = runs.begin(config, model, optimizer, scaler, store.header, steps)
+    stride = data.stride_for(store, config.fps)
+    samples = data.RandomClips(store, labels, shape.frames, stride, config.seed)
+    batches = data.Batches(videos, config.batch, end, first, config.seed, rank, world)
+    loader = data.load(samples, batches, config.workers)
+    log = runs.Log(config, first, epoch=len(videos) / config.batch)
+    wrapped = DistributedDataParallel(model) if world > 1 else model
+    model.train()
+    done, stop = first, 0
+    bar = progress(range(first, end), "fine-tuning", unit=" steps", show=rank == 0)
+    with processes.stop_signals() as stopped:
+        for step in bar:
+            clips, classes = next(loader)  # (n, T, H, W), (n,)
+            processes.seed_all(config.seed, step, rank)  # dropout
+            terms = {"loss": 0, "train_accuracy": 0}
+            for i in range(0, len(clips), config.micro_batch):
+                part, truth = (x[i:i + config.micro_batch] for x in (clips, classes))
+                has_pad, truth = bool((part == shape.vocab_size + PAD).any()), move(truth, device)
+                with processes.sync_gradients(wrapped, i + config.micro_batch >= len(clips)):
+                    with autocast(device, config.precision):
+                        logits = wrapped(move(part, device), has_pad).float()  # (micro_batch, C)
+                    loss = F.cross_entropy(logits, truth, reduction="sum") / len(clips)
+                    scaler.scale(loss).backward()
+                terms["loss"] += loss.detach()
+                terms["train_accuracy"] += (logits.argmax(dim=-1) == truth).sum() / len(clips)
+
+            lr = runs.set_learning_rate(optimizer, config, step, steps)
+            scaler.unscale_(optimizer)
+            norm = nn.utils.clip_grad_norm_(model.parameters(), config.grad_clip)
+            scaler.step(optimizer)  # skipped if a gradient is not finite
+            scaler.update(None if config.precision == "fp16" else 1.0)
+            optimizer.zero_grad(set_to_none=True)
+
+            done, stop = step + 1, agree(stopped)
+            log.add([terms], norm)
+            if done == end or done % config.log_every == 0:
+                bar.set_postfix_str(log.write_means(done, lr), refresh=False)
+            if log.may_save(done, end, stop):
+                runs.save(config, model, optimizer, scaler, done, steps, origin)
+            if stop:
+                break
+    log.close(done, end, steps, stop)
+
+
+def check_batch(config, videos, world):
+    """Sets config.batch to at most `videos` -> how many each process has.
+
+    Raises UserError unless the processes have the same number.
+    """
+    config.batch = min(config.batch, videos // world * world)
+    if config.batch < 1 or config.batch % world:
+        raise UserError(f"--batch {config.batch} must be a multiple of the {world} processes")
+    return config.batch // world
+
+
+def try_out(config, model, device, videos):
+    """Both passes of one micro-batch, with PAD."""
+    shape = model.backbone.config
+    size = (videos, shape.frames, shape.height, shape.width)
+    clips = torch.full(size, shape.vocab_size + PAD, device=device)
+    with autocast(device, config.precision):
+        logits = model(clips, has_pad=True)
+    logits.sum().backward()
+
+
+# ---------------------------------------------------------------- test
+
+
+@torch.no_grad()
+def evaluate(model, store, config, device):
+    """Softmax probabilities, the mean over clips and views -> float32 (videos, C) on every process.
+
+    Each process tests every world-th video, so that each video counts exactly once.
+    """
+    rank, world = rank_and_world()
+    model.eval()
+    stride = data.stride_for(store, config.fps)
+    clips = data.EvenClips(store, model.backbone.config.frames, stride, config.clips)
+    at_once = max(1, 64 // (store.views * config.clips))  # videos
+    batches = torch.arange(rank, len(store), world).split(at_once)
+    loader = data.load(clips, [numbers.tolist() for numbers in batches], config.workers)
+    bar = progress(loader, "testing", len(batches), " batches", show=rank == 0)
+    p = torch.zeros(len(store), model.classifier.out_features, device=device)
+    for numbers, batch in zip(batches, bar):
+        parts = batch.flatten(0, 1).split(4 * config.micro_batch or 64)
+        with autocast(device, config.precision):
+            logits = torch.cat([model(part.to(device)) for part in parts])  # (videos * clips, C)
+        of_clips = logits.float().softmax(dim=-1).unflatten(0, batch.shape[:2])
+        p[numbers] = of_clips.mean(dim=1)
+    return processes.sum_over_all(p)
 
 
 def report(config, store, p, labels, names):
     """The pictures and the last lines of a run. p: probabilities (videos, C)."""
     truth = torch.tensor(store.labels(labels), dtype=torch.long)
     best = p.topk(min(5, len(names)), dim=1).indices  # (videos, 5)
-    right = best == truth[:, None]
+    correct = best == truth[:, None]
     out = Path(config.out)
     out.mkdir(parents=True, exist_ok=True)
     draw_confusion(truth.numpy(), best[:, 0].numpy(), names, out / "confusion.png")
+    files = "confusion.png"
     if not config.eval_only:
-        draw_curves(out, {"loss": {"loss": "loss"}, "training accuracy": {"accuracy": "train_accuracy"}})
-    print(f"{out}: {'' if config.eval_only else 'last.pt, metrics.jsonl, curves.png, '}confusion.png")
-    print(f"top-1 {100 * right[:, 0].float().mean():.1f}%  top-5 {100 * right.any(dim=1).float().mean():.1f}%  "
+        draw_curves(out, {"loss": {"loss": "loss"},
+                          "training accuracy": {"accuracy": "train_accuracy"}})
+        files = f"last.pt, metrics.jsonl, curves.png, {files}"
+    print(f"{out}: {files}")
+    top_1, top_5 = correct[:, 0].float().mean(), correct.any(dim=1).float().mean()
+    print(f"top-1 {100 * top_1:.1f}%  top-5 {100 * top_5:.1f}%  "
           f"({len(store)} videos x {config.clips * store.views} views)")
+
+
+# ---------------------------------------------------------------- the command
+
+
+def predict_videos(config, device):
+    classifier = load_classifier(config.checkpoint)
+    model = Classifier(load_backbone(config.checkpoint), len(classifier["weight"]))
+    checkpoints.load_weights(model.classifier, classifier, config.checkpoint)
+    predict.predict(config, model.to(device))
+
+
+def main():
+    config = parse(Config, sys.argv[1:], __doc__, PRESETS, chosen_by="dataset")
+    processes.launch(config.gpus)
+    device = processes.pick_device(config.device)
+    config.precision = processes.pick_precision(config.precision, device)
+    if config.predict:
+        return predict_videos(config, device)
+    if not config.eval_only:
+        runs.check_folder(config)
+    stores = open_stores(config)
+    labels, names = pick_labels(stores, config.labels)
+    model = build(config, stores, len(names)).to(device)
+    if config.lr is None:
+        config.lr = 5e-5 if model.backbone.config.dim >= 1024 else 1e-4  # Table 4
+    store = stores[config.eval_split]
+    if not config.eval_only:
+        videos = len(data.few_labels(stores["train"].labels(labels), config.num_labels))
+        fit(config, model, check_batch(config, videos, rank_and_world()[1]), device, try_out)
+        say(f"{videos} videos, {describe(model.backbone, device)}")
+        learnt = checkpoints.read_checkpoint(config.checkpoint).get("tokens", {})
+        origin = predict.origin(store, learnt.get("tokenizer"), labels=labels, classes=names)
+        train(config, model, stores["train"], labels, device, origin)
+    p = evaluate(model, store, config, device).cpu()  # (videos, C)
+    processes.leave_group()
+    report(config, store, p, labels, names)
 
 
 if __name__ == "__main__":

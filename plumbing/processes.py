@@ -1,4 +1,4 @@
-"""One process or many: launch, devices, the group and its exchanges, precision, seeds."""
+"""One process or many: launch, devices, the process group, precision, seeds."""
 import contextlib
 import functools
 import os
@@ -19,30 +19,20 @@ from torch.distributed.nn.functional import all_gather
 
 from plumbing.cli import UserError
 
-# what torch 2.13 recommends in their place is not in 2.11
+# torch 2.11 lacks what torch 2.13 recommends instead
 warnings.filterwarnings("ignore", "torch.distributed.nn.functional", FutureWarning)
 
-# ---------------------------------------------------------------- the group
-
-
-def rank_and_world():
-    """This process's number and how many there are: of the group, or what torchrun says of it -> (int, int)."""
-    if dist.is_available() and dist.is_initialized():
-        return dist.get_rank(), dist.get_world_size()
-    return int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
-
-
-def say(*words):
-    """Prints a line, from the first process only."""
-    if rank_and_world()[0] == 0:
-        print(*words, flush=True)
+# ---------------------------------------------------------------- launch
 
 
 def launch(gpus):
-    """Restarts the script as `gpus` processes through torchrun; returns where it already runs under torchrun.
+    """Restarts the script through torchrun as `gpus` processes. Returns under torchrun.
 
-    Raises UserError where the machine has fewer GPUs.
+    Raises UserError where the machine has fewer GPUs, and for `srun python`.
     """
+    if int(os.environ.get("SLURM_STEP_NUM_TASKS", "1")) > 1 and "RANK" not in os.environ:
+        raise UserError("srun would start several runs that do not know of each other: see the "
+                        "line for Slurm in docs/scaling.md")
     if gpus <= 1 or "RANK" in os.environ:
         return
     if gpus > torch.cuda.device_count():
@@ -57,13 +47,13 @@ def launch(gpus):
         sys.exit(128 + error.sigval)
     except ChildFailedError as error:
         rank, failure = error.get_first_failure()
-        print(f"{Path(sys.argv[0]).name}: process {rank} of {gpus} ended first, with exit code {failure.exitcode}; "
-              f"the others were stopped", file=sys.stderr)
+        print(f"{Path(sys.argv[0]).name}: process {rank} of {gpus} failed first, with exit code "
+              f"{failure.exitcode}; the others were stopped", file=sys.stderr)
         sys.exit(failure.exitcode if failure.exitcode > 0 else 128 - failure.exitcode)
 
 
 def end_with(parent):
-    """Called in a process of a pool: it ends soon after its parent, of that number, even where that was killed."""
+    """Called in a process of a pool: ends it soon after the process of number `parent` ends."""
     def watch():
         while os.getppid() == parent:
             time.sleep(0.5)
@@ -71,77 +61,122 @@ def end_with(parent):
     threading.Thread(target=watch, daemon=True).start()
 
 
+# ---------------------------------------------------------------- stopping
+
+
 @contextlib.contextmanager
-def stopping():
-    """-> a list that Ctrl-C or SIGTERM puts the exit code into, once; the second signal acts as it did before."""
-    asked, before = [], {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
-    own = os.getpid()  # not that of the processes that load clips
+def stop_signals():
+    """-> a list into which the first Ctrl-C or SIGTERM puts its exit code. The second one acts.
 
-    def ask(number, _):
-        asked.append(128 + number)
-        if os.getpid() == own and rank_and_world()[0] == 0:
-            print(f"{signal.Signals(number).name}: stopping soon; once more stops at once", file=sys.stderr)
-        restore()
+    A repeat within a second counts as the same signal: torchrun and the terminal may both send it.
+    """
+    stopped, since = [], 0.0
+    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
 
-    def restore():
+    def handle(number, frame):
+        nonlocal since
+        if stopped and time.monotonic() - since > 1:
+            for each, handler in before.items():
+                signal.signal(each, handler)
+            os.kill(os.getpid(), number)
+        elif not stopped:
+            stopped.append(128 + number)
+            since = time.monotonic()
+            if rank_and_world()[0] == 0:
+                print(f"{signal.Signals(number).name}: stopping after this step; "
+                      f"send it again to stop at once", file=sys.stderr)
+
+    for number in before:
+        signal.signal(number, handle)
+    try:
+        yield stopped
+    finally:
         for number, handler in before.items():
             signal.signal(number, handler)
-    for number in before:
-        signal.signal(number, ask)
-    try:
-        yield asked
-    finally:
-        restore()
+
+
+def ignore_stop_signals(_):
+    """For processes that load clips: the training process ends them."""
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, signal.SIG_IGN)
+
+
+def agree(stopped):
+    """The exit code where any process was asked to stop, else 0 -> int. Waits for no GPU."""
+    code = torch.tensor(max(stopped, default=0))
+    if dist.is_initialized():
+        dist.all_reduce(code, dist.ReduceOp.MAX, group=cpu_group())
+    return code.item()
+
+
+# ---------------------------------------------------------------- the group
+
+
+def rank_and_world():
+    """The number of this process and how many there are -> (int, int)."""
+    if dist.is_available() and dist.is_initialized():
+        return dist.get_rank(), dist.get_world_size()
+    return int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
+
+
+def say(*words):
+    """Prints a line, from the first process only."""
+    if rank_and_world()[0] == 0:
+        print(*words, flush=True)
 
 
 def join_group(backend):
-    """Joins the group of processes that torchrun started, where it started several."""
+    """Joins the group of processes that torchrun started."""
     if rank_and_world()[1] == 1 or dist.is_initialized():
         return
-    told = os.environ.get
-    if told("TORCHELASTIC_RESTART_COUNT", "0") != "0" and told("TORCHELASTIC_USE_AGENT_STORE") == "True":
-        say("restarted: should the processes not find each other, start torchrun with "
-            "TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1, or it remembers the addresses of those that ended")
+    restarts = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
+    if restarts != "0" and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":
+        say("restarted: if the processes do not find each other, start torchrun with "
+            "TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1, so that it forgets the old addresses")
     dist.init_process_group(backend, timeout=timedelta(hours=2))
-    patient_group()
+    cpu_group()
 
 
 @functools.cache
-def patient_group():
-    """A second group of all processes, which waits for a year: where files are made that are missing, one process may
-    need many hours more than another."""
+def cpu_group():
+    """A second group of all processes, for tensors on the CPU.
+
+    Its timeout is a year: making missing files may take one process hours more than another.
+    """
     return dist.new_group(backend="gloo", timeout=timedelta(days=365))
 
 
 def wait_for_all():
-    """Waits until every process is here, however long that takes, such as for files that the first one makes."""
+    """Waits until every process is here, however long that takes."""
     if dist.is_initialized():
-        dist.barrier(patient_group())
+        dist.barrier(cpu_group())
 
 
 def by_first(function, *args):
-    """What a function gives in the first process, which alone calls it, while the others wait and get None; where it
-    raises a UserError, they end with it, without a word."""
+    """Calls a function in the first process alone, while the others wait -> its result or None.
+
+    Where it raises a UserError, all processes end, and the first one prints it.
+    """
     result = error = None
     if rank_and_world()[0] == 0:
         try:
             result = function(*args)
-        except UserError as found:
-            error = found
+        except UserError as raised:
+            error = raised
     wait_for_all()
-    refused = any(from_all(error is not None))
+    failed = any(from_all(error is not None))
     if error:
         raise error
-    if refused:
+    if failed:
         sys.exit(2)
     return result
 
 
 def leave_group():
-    """Called by all after the last of their exchanges. Only the first process returns, for what is left to write.
+    """Called by all after their last exchange. Only the first process returns.
 
-    The others end here and at once: an ordinary exit now and then aborts in one of torch's threads ("terminate called
-    without an active exception"), whereupon torchrun would end the first process before its last lines.
+    The others end at once: an ordinary exit sometimes aborts in one of torch's threads, and then
+    torchrun would end the first process before its last lines.
     """
     if dist.is_initialized():
         rank = dist.get_rank()
@@ -152,14 +187,8 @@ def leave_group():
             os._exit(0)
 
 
-def restarted():
-    """Whether torchrun started any process of this group again. Called by all: where another machine's process had
-    ended, torchrun does not tell the processes of this one that they are not the first."""
-    return max(from_all(int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")))) > 0
-
-
 def from_all(value):
-    """Every process's value -> [value], in the order of the processes."""
+    """Every process's value, in order of rank -> [value]."""
     values = [value]
     if dist.is_initialized():
         values *= dist.get_world_size()
@@ -167,31 +196,26 @@ def from_all(value):
     return values
 
 
-def share(batch, rank, world):
-    """A process's part of a batch: every world-th video. What belongs to a video is shared like the videos."""
-    return batch[rank::world]
-
-
 def sum_over_all(tensor):
-    """A tensor's sum over the processes, in place and without gradient. Returns it."""
+    """Sums a tensor over the processes, in place and without gradient. Returns it."""
     if dist.is_initialized():
         dist.all_reduce(tensor)
     return tensor
 
 
 def gather(x):
-    """(n, ...) of each process -> (n * processes, ...) of all, with gradient: the sum over what all do with it."""
+    """(n, ...) of each process -> (n * processes, ...). The gradient is summed over processes."""
     return torch.cat(all_gather(x)) if rank_and_world()[1] > 1 else x
 
 
-def exchanging(model, last):
-    """A context for the forward and backward pass of one micro-batch: DistributedDataParallel exchanges gradients once
-    a step, with the last."""
-    return contextlib.nullcontext() if last or rank_and_world()[1] == 1 else model.no_sync()
+def sync_gradients(model, last):
+    """A context in which DistributedDataParallel averages gradients with the last group only."""
+    averages = last or rank_and_world()[1] == 1
+    return contextlib.nullcontext() if averages else model.no_sync()
 
 
 class BatchNorm(nn.BatchNorm1d):
-    """BatchNorm1d with the statistics of all processes' batches. (torch's SyncBatchNorm refuses CPU tensors.)"""
+    """BatchNorm1d over the batches of all processes. (SyncBatchNorm refuses CPU tensors.)"""
 
     def forward(self, x):  # (n, d)
         rank, world = rank_and_world()
@@ -204,9 +228,10 @@ class BatchNorm(nn.BatchNorm1d):
 
 
 def pick_device(name):
-    """"auto" -> this process's GPU, else Apple's, else the CPU. Joins torchrun's group. Returns torch.device."""
+    """"auto" -> this process's GPU, else Apple's, else the CPU. Joins torchrun's group."""
     if name == "auto":
-        name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+        mps = torch.backends.mps.is_available()
+        name = "cuda" if torch.cuda.is_available() else "mps" if mps else "cpu"
     if name == "cuda":
         if not torch.cuda.is_available():
             raise UserError("--device cuda: this machine has no GPU that torch can use")
@@ -220,32 +245,35 @@ def device_name(device):
     return torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
 
 
-PRECISIONS = {"bf16": torch.bfloat16, "fp16": torch.float16, "tf32": torch.float32, "fp32": torch.float32}
+DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}  # under autocast; of tf32, fp32: none
 
 
 def pick_precision(name, device):
-    """"auto" -> bf16 where the hardware multiplies it, fp16 on older GPUs, else fp32. Returns a torch.dtype.
+    """"auto" -> bf16 where the hardware multiplies it, fp16 on older GPUs, else fp32 -> str.
 
-    "tf32": float32 whose products a GPU's tensor cores multiply with 10 bits after the point; "fp32" is float32.
+    tf32 is float32 whose products a GPU multiplies with 10 mantissa bits.
     """
     if name == "tf32" and device.type != "cuda":
-        raise UserError(f"--precision tf32 is a number format of NVIDIA's GPUs: take fp32 on {device.type}")
+        raise UserError(f"--precision tf32 is for NVIDIA GPUs: use fp32 on {device.type}")
+    if name == "auto" and device.type == "cuda":
+        name = "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp16"
+    elif name == "auto":
+        native = device.type == "cpu" and torch.cpu._is_avx512_bf16_supported()
+        name = "bf16" if native else "fp32"
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = name == "tf32"
-    if name == "auto":
-        if device.type == "cuda":
-            name = "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp16"
-        else:
-            name = "bf16" if device.type == "cpu" and torch.cpu._is_avx512_bf16_supported() else "fp32"
-    return PRECISIONS[name]
+    return name
 
 
-def autocast(device, dtype):
-    return torch.autocast(device.type, dtype, enabled=dtype != torch.float32)
+def autocast(device, precision):
+    """torch.autocast for a precision's name."""
+    return torch.autocast(device.type, DTYPES.get(precision), enabled=precision in DTYPES)
 
 
 def move(tensor, device):
-    """A CPU tensor to the device; to a GPU through pinned memory, so that nobody waits for the copy."""
-    return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor.to(device)
+    """A CPU tensor to the device; to a GPU through pinned memory, without waiting for the copy."""
+    if device.type == "cuda":
+        return tensor.pin_memory().to(device, non_blocking=True)
+    return tensor.to(device)
 
 
 # ---------------------------------------------------------------- seeds
@@ -254,13 +282,13 @@ def move(tensor, device):
 def one_seed(*numbers):
     """One well-mixed seed from numbers such as (seed, step, rank) -> int.
 
-    numpy takes (1, 2) and (1, 2, 0) for the same: what is added at the end keeps them apart.
+    numpy takes (1, 2) and (1, 2, 0) as the same seed: the appended count keeps them apart.
     """
     return int(np.random.SeedSequence((*numbers, 1 + len(numbers))).generate_state(1)[0])
 
 
 def seed_all(*numbers):
-    """Seeds every generator from numbers such as (seed, step, rank): no generator's state has to be kept."""
+    """Seeds every generator from numbers such as (seed, step, rank), so that none is saved."""
     number = one_seed(*numbers)
     random.seed(number)
     np.random.seed(number)

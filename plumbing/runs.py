@@ -1,44 +1,51 @@
-"""A training run: its settings, optimizer and schedule; its folder with checkpoints, metrics and TensorBoard events."""
-import itertools
+"""What the two training scripts share: flags, optimizer, schedule, and the folder of a run.
+
+A run lives in one folder, which only its first process writes: config.json, metrics.jsonl,
+TensorBoard events, last.pt and pictures.
+"""
+import contextlib
 import json
-import math
 import os
-import signal
 import sys
 import time
 from dataclasses import asdict, dataclass
+from itertools import count
 from pathlib import Path
 
 import torch
 from torch import nn
-from torch.nn.parallel import DistributedDataParallel
 
-from plumbing.checkpoints import save_checkpoint, start
-from plumbing.cli import UserError, option, progress
-from plumbing.files import read_lines, write_text
-from plumbing.fitting import give_back, keep
-from plumbing.processes import leave_group, pick_precision, rank_and_world, say, stopping, sum_over_all
-
-FILES = ("config.json", "metrics.jsonl", "last.pt", "previous.pt", "curves.png", "fill_in.png", "fill_in.gif",
-         "confusion.png", "fill_in-*.*", "predict-*.png", "events.out.tfevents.*")  # of a run, in its folder
+from plumbing.checkpoints import restore, save_checkpoint
+from plumbing.cli import UserError, option
+from plumbing.files import read_lines, try_folder, write_text, writing
+from plumbing.processes import (
+    by_first,
+    from_all,
+    leave_group,
+    rank_and_world,
+    say,
+    sum_over_all,
+)
 
 
 @dataclass
 class RunSettings:
     """The flags that pretrain.py and finetune.py share, with the same meaning and default."""
-    resume: bool = option(False, "go on from the run's last checkpoint, where there is one")
-    steps: int = option(0, "optimizer steps, in place of epochs (0: as many as these need)", least=0, most=10**9)
-    warmup: float = option(0.1, "share of the steps in which the learning rate rises", least=0, most=1)
+    resume: bool = option(False, "continue from the run's last checkpoint", group="running")
+    steps: int = option(0, "optimizer steps (0: as many as --epochs needs)", least=0, most=10**9)
+    warmup: float = option(0.1, "fraction of the steps in which the learning rate rises",
+                           least=0, most=1)
     dropout: float = option(0.1, "dropout everywhere in the transformer", least=0, most=0.99)
-    clip: float = option(1.0, "largest gradient norm", above=0)
+    grad_clip: float = option(1.0, "largest gradient norm", above=0)
     seed: int = option(0, "random seed", least=0, most=2**31)
-    gpus: int = option(1, "GPUs of this machine, a process each", least=1, most=1000)
+    gpus: int = option(1, "GPUs of this machine, one process each", least=1, most=1000)
     device: str = option("auto", "device of each process", choices=["auto", "cuda", "mps", "cpu"])
     precision: str = option("auto", "number format of the matrix products",
                             choices=["auto", "bf16", "fp16", "tf32", "fp32"])
-    micro_batch: int = option(0, "videos a process takes at a time (0: as many as fit into its memory)", least=0)
-    recompute: bool = option(False, "keep only what enters each layer, compute the rest again in the backward pass")
-    compile: bool = option(False, "compile the layers with torch.compile (needs a C++ compiler on CPUs)")
+    micro_batch: int = option(0, "videos that pass through the backbone at a time, on each process "
+                              "(0: on a GPU as many as fit, else 4)", least=0)
+    activation_checkpointing: bool = option(False, "recompute each layer in the backward pass")
+    compile: bool | None = option(None, "compile the layers with torch.compile (default: on CUDA)")
     save_every: int = option(500, "steps between two checkpoints", least=1)
 
 
@@ -46,251 +53,271 @@ class RunSettings:
 
 
 def learning_rate(step, steps, peak, warmup):
-    """Linear warm-up over the share `warmup` of the steps, then linear decay to 0 (Table 4) -> float."""
-    rise = warmup * steps
-    if step < rise:
-        return peak * (step + 1) / (math.floor(rise) + 1)
-    return peak * (steps - step) / (steps - rise)
+    """Linear warm-up from 0, then linear decay to 0 (Table 4) -> float.
+
+    warmup: fraction of the steps. As released, the first step has rate 0.
+    """
+    warmup_steps = int(warmup * steps)
+    if step < warmup_steps:
+        return peak * step / warmup_steps
+    return peak * (steps - step) / (steps - warmup_steps)
 
 
 def decay_groups(model, weight_decay):
-    """The parameters in groups: biases and LayerNorm weights are not decayed; embeddings, position tables and, as
-    released, the weights of batch norms are.
+    """Parameter groups with and without weight decay.
 
-    Checkpoints number the moments in this order: first the matrices and tables, then all biases and norms' weights.
+    Biases and LayerNorm weights are not decayed. Embeddings, position tables and batch norm
+    weights are, as in the released code.
     """
-    kinds = (nn.LayerNorm, nn.BatchNorm1d)
-    norms = {id(m.weight): isinstance(m, kinds[1]) for m in model.modules() if isinstance(m, kinds)}  # decayed or not
-    order = sorted(model.named_parameters(), key=lambda pair: pair[0].endswith("bias") or id(pair[1]) in norms)
-    groups = itertools.groupby(order, lambda pair: not pair[0].endswith("bias") and norms.get(id(pair[1]), True))
-    return [{"params": [p for _, p in pairs], "weight_decay": weight_decay * decayed} for decayed, pairs in groups]
+    layer_norms = {id(m.weight) for m in model.modules() if isinstance(m, nn.LayerNorm)}
+    decayed, kept = [], []
+    for name, p in model.named_parameters():
+        exempt = name.endswith("bias") or id(p) in layer_norms
+        (kept if exempt else decayed).append(p)
+    return [{"params": decayed, "weight_decay": weight_decay},
+            {"params": kept, "weight_decay": 0.0}]
 
 
-class Optimizer:
-    """AdamW with the gradient's norm clipped and the schedule of Table 4; in fp16 the loss is scaled.
+def set_learning_rate(optimizer, config, step, steps):
+    """Sets the learning rate of a step -> float."""
+    lr = learning_rate(step, steps, config.lr, config.warmup)
+    for group in optimizer.param_groups:
+        group["lr"] = lr
+    return lr
 
-    settings: lr, weight_decay, warmup, clip. steps: of the whole schedule. betas: Table 4's.
+
+def schedule(config, videos, epochs, stop_after=0.0):
+    """-> steps of the schedule, and the step to stop at: after `stop_after` epochs, if not 0.
+
+    As released, an epoch is whole steps: videos that do not fill a batch are left out.
     """
+    epoch = videos // config.batch
+    steps = config.steps or max(1, int(epochs * epoch))
+    end = max(1, int(stop_after * epoch)) if stop_after else steps
+    return steps, min(steps, end)
 
-    def __init__(self, model, settings, steps, betas, precision=torch.float32):
-        self.model, self.settings, self.steps = model, settings, steps
-        device = next(model.parameters()).device.type
-        self.adamw = torch.optim.AdamW(decay_groups(model, settings.weight_decay), settings.lr, betas, eps=1e-8,
-                                       fused=device in ("cuda", "cpu"))
-        self.scaler = torch.amp.GradScaler(device, enabled=precision == torch.float16)
-        self.bad = torch.zeros((), dtype=torch.bool, device=device)  # whether the last step's gradient was not finite
-        self.in_row, self.skipped = (torch.zeros((), dtype=torch.int64, device=device) for _ in range(2))  # such steps
 
-    def backward(self, loss):
-        self.scaler.scale(loss).backward()
+def check_batch(config, videos, world):
+    """Sets config.batch and config.contrast to at most `videos` -> a group's videos on one process.
 
-    def gradients(self, loss, tensors):
-        """Those of a loss by some tensors, apart from what `backward` adds up -> [tensor]."""
-        scale = self.scaler.scale(torch.ones_like(loss))
-        return [gradient / scale for gradient in torch.autograd.grad(loss * scale, tensors)]
+    Raises UserError unless a batch is whole groups, and a group the same on each process.
+    """
+    batch, contrast = config.batch, config.contrast or config.batch
+    config.contrast = min(contrast, batch)
+    if batch > videos >= world:
+        config.contrast = min(config.contrast, videos // world * world)
+        config.batch = videos // config.contrast * config.contrast
+    if (config.batch, config.contrast) != (batch, contrast):
+        say(f"{videos} videos: using --batch {config.batch} --contrast {config.contrast}")
+    if config.contrast == 1 and config.alpha:
+        raise UserError("--contrast 1: a video needs others to be contrasted with "
+                        "(--alpha 0 leaves this task out)")
+    if config.batch % config.contrast or config.contrast % world or config.batch > videos:
+        raise UserError(f"--batch {config.batch} must be a multiple of --contrast "
+                        f"{config.contrast}, which must be a multiple of the {world} processes, "
+                        f"and there are {videos} videos")
+    return config.contrast // world
 
-    def step(self, step):
-        """Moves the weights along the gradient, which is then cleared -> the learning rate of this step.
 
-        Not where the gradient is not finite: such a step is skipped, and counted. Nobody waits for a GPU to know."""
-        lr = learning_rate(step, self.steps, self.settings.lr, self.settings.warmup)
-        for group in self.adamw.param_groups:
-            group["lr"] = lr
-        self.scaler.unscale_(self.adamw)
-        norm = nn.utils.clip_grad_norm_(self.model.parameters(), self.settings.clip)
-        self.bad = ~norm.isfinite()
-        self.in_row, self.skipped = (self.in_row + 1) * self.bad, self.skipped + self.bad
-        if self.scaler.is_enabled() or not self.adamw.defaults["fused"]:
-            if self.scaler.is_enabled() or not self.bad:
-                self.scaler.step(self.adamw)
-        else:
-            self.adamw.found_inf = self.bad.float()  # how fused AdamW is told to leave everything as it is
-            self.adamw.step()
-        self.scaler.update()
-        self.adamw.zero_grad(set_to_none=True)
-        return lr
+def build_optimizer(model, config, betas, device):
+    """AdamW and a gradient scaler -> (AdamW, GradScaler).
 
-    def state_dict(self):
-        return {"optimizer": self.adamw.state_dict(), "scaler": self.scaler.state_dict()}
+    The scaler skips a step whose gradient is not finite, without waiting for a GPU. In fp16 it
+    also scales the loss; otherwise its scale is 1.
+    """
+    optimizer = torch.optim.AdamW(decay_groups(model, config.weight_decay), config.lr, betas,
+                                  eps=1e-8, fused=device.type in ("cuda", "cpu"))
+    scale = 2.0**16 if config.precision == "fp16" else 1.0
+    return optimizer, torch.amp.GradScaler(device.type, scale, enabled=device.type != "mps")
 
-    def load_state_dict(self, checkpoint):
-        """Moments and scale of a checkpoint; weight decay and betas stay those of this run's settings."""
-        own = self.adamw.state_dict()["param_groups"]
-        self.adamw.load_state_dict({"state": checkpoint["optimizer"]["state"], "param_groups": own})
-        if self.scaler.is_enabled() and checkpoint.get("scaler"):  # not of a run in another precision
-            self.scaler.load_state_dict(checkpoint["scaler"])
+
+def begin(config, model, optimizer, scaler, header, steps):
+    """Loads the checkpoint that a run continues, if there is one -> its first step.
+
+    That is the run's own last.pt or, of pretrain.py, --resume-from. header: of the token store.
+    """
+    last, other = Path(config.out) / "last.pt", getattr(config, "resume_from", "")
+    resumes = config.resume and last.is_file()
+    if config.resume and not resumes:
+        say(f"there is no {last}: starting at step 0")
+    path = last if resumes else other
+    first = restore(path, model, optimizer, scaler, header, steps) if path else 0
+    if len(set(from_all(first))) > 1:
+        raise UserError(f"--out {config.out} must be storage that all machines share")
+    return first
 
 
 # ---------------------------------------------------------------- the folder
 
 
-class Run:
-    """A model in training: its optimizer, where it goes on from, and its folder with config.json, metrics.jsonl,
-    TensorBoard events and last.pt, which only the first process writes.
+def check_folder(config):
+    """Raises UserError where the folder `config.out` holds another run or cannot be written.
 
-    videos: how many it trains on. epochs: of the schedule, of which it ends after stop_after, where that is not 0.
-    tokens: how they were made, `predict.origin`.
-    beginning: see `checkpoints.start`. A run that goes on from a checkpoint drops the metrics after it, and begins with
-    those of another run that it continues. What an earlier run left in the folder stays there until this one's first
-    checkpoint, and is then moved to a folder of its own.
+    Sets config.resume where torchrun has restarted this run. Called by all processes.
+    """
+    out = Path(config.out)
+    config.resume = any(from_all(config.resume or restarted(out)))
+    by_first(refuse_folder, out, config.resume)
+
+
+def refuse_folder(out, resume):
+    if (out / "config.json").exists() and not resume:
+        free = next(name for n in count(2) if not (name := Path(f"{out}-{n}")).exists())
+        raise UserError(f"{out} holds a run: continue it with --resume, start another with "
+                        f"--out {free}, or delete it")
+    try_folder(out)
+
+
+def restarted(out):
+    """Whether the run in a folder was started by the torchrun job that this process belongs to."""
+    with contextlib.suppress(OSError, ValueError):
+        job = json.loads((out / "config.json").read_text()).get("torchrun_job")
+        return job is not None and job == torchrun_job()
+    return False
+
+
+def torchrun_job():
+    job = os.environ.get("TORCHELASTIC_RUN_ID")
+    return None if job == "none" else job  # "none": torchrun was given no --rdzv-id
+
+
+def claim_folder(config):
+    """Writes config.json. Creating it makes the folder this run's: only one program can do so."""
+    if rank_and_world()[0] > 0:
+        return
+    out = Path(config.out)
+    settings = asdict(config) | {"torchrun_job": torchrun_job()}
+    content = json.dumps(settings, indent=1) + "\n"
+    if config.resume:
+        return write_text(out / "config.json", content)
+    with writing(out):
+        out.mkdir(parents=True, exist_ok=True)
+        try:
+            with open(out / "config.json", "x") as file:
+                file.write(content)
+        except FileExistsError:
+            refuse_folder(out, resume=False)
+
+
+class Log:
+    """A run's metrics, and whether training is sound.
+
+    The first process writes metrics.jsonl and TensorBoard events. A resumed run drops the metrics
+    after its first step. epoch: how many steps it has. Counts on the device: nothing waits for a
+    GPU but `write_means` and `may_save`.
     """
 
-    def __init__(self, config, model, videos, epochs, betas, device, tokens, stop_after=0.0, **beginning):
-        self.config, self.model, self.videos, self.tokens, self.out = config, model, videos, tokens, Path(config.out)
-        self.rank, self.world = rank_and_world()
-        self.steps = config.steps or max(1, int(epochs * videos) // config.batch)
-        self.optimizer = Optimizer(model, config, self.steps, betas, pick_precision(config.precision, device))
-        self.end = min(self.steps, max(1, int(stop_after * videos) // config.batch)) if stop_after else self.steps
-        self.first, goes_on = start(config, model, self.optimizer, tokens=tokens, **beginning)
-        if self.first > self.end or (self.first == self.end and not goes_on):
-            raise UserError(f"nothing is left to train: the checkpoint is of step {self.first} of {self.end}")
-        self.sums, self.count, self.stop, self.board, self.first_loss = 0, 0, 0, None, None
-        if self.rank == 0:
-            self.open_folder(goes_on, beginning.get("resume_from"))
-        if config.compile:
-            model.backbone.compile_layers()
-        self.wrapped = DistributedDataParallel(model) if self.world > 1 else model
-
-    def open_folder(self, goes_on, resume_from):
+    def __init__(self, config, first, epoch):
+        claim_folder(config)
+        self.config, self.epoch, self.out = config, epoch, Path(config.out)
+        self.writes = rank_and_world()[0] == 0
+        self.bad_steps, self.first_loss, self.save_due = 0, None, False
+        self.reset()
+        if not self.writes:
+            return
         from torch.utils.tensorboard import SummaryWriter  # slow to import
-        self.out.mkdir(parents=True, exist_ok=True)
-        self.earlier = [] if goes_on else [path for name in FILES for path in self.out.glob(name)]
-        if goes_on:
-            for path in self.out.glob("*.new.json*"):  # of a run that never came to its first checkpoint
-                path.unlink()
-        earlier = read_metrics(Path(resume_from).parent if resume_from and not goes_on else self.out)
-        kept = [record for record in earlier if record["step"] <= self.first] if self.first else []
-        self.new = ".new" * bool(self.earlier)
-        write_text(self.out / f"config{self.new}.json", json.dumps(asdict(self.config), indent=1) + "\n")
-        write_text(self.out / f"metrics{self.new}.jsonl", "".join(json.dumps(record) + "\n" for record in kept))
-        self.board = SummaryWriter(self.out, purge_step=self.first + 1)
+        other = "" if config.resume else getattr(config, "resume_from", "")
+        records = read_metrics(Path(other).parent if other else self.out)
+        lines = [json.dumps(record) + "\n" for record in records if 0 < first >= record["step"]]
+        write_text(self.out / "metrics.jsonl", "".join(lines))
+        self.board = SummaryWriter(self.out, purge_step=first + 1)
 
-    def settle(self):
-        """Moves what an earlier run left to a folder of its own, and takes its place."""
-        if not self.earlier:
-            return
-        place = next(place for n in itertools.count(1) if not (place := self.out / f"earlier-{n}").exists())
-        place.mkdir()
-        for path in self.earlier:
-            os.replace(path, place / path.name)
-        self.earlier, self.new = [], ""
-        for name in ("config.json", "metrics.jsonl"):
-            os.replace(self.out / name.replace(".", ".new.", 1), self.out / name)
-        self.bar.write(f"what an earlier run left in {self.out} is now in {place}")
+    def reset(self):
+        self.sums, self.steps, self.good_steps, self.since = 0, 0, 0, time.perf_counter()
 
-    def withdraw(self):
-        """Ends a run that is stopped before its first checkpoint, where that would take an earlier run's place."""
-        for path in self.out.glob("*.new.json*"):
-            path.unlink()
-        self.bar.close()
-        say(f"stopped before the first checkpoint: {self.out} is as it was, and --resume goes on with the earlier run")
-        leave_group()
-        sys.exit(self.stop or sum(self.asked))
+    def add(self, groups, gradient_norm):
+        """One step. groups: [{name: scalar tensor}] of a batch's groups, "loss" among them.
 
-    def save(self, step):
-        """last.pt, and what it was before as previous.pt."""
-        last = self.out / "last.pt"
-        save_checkpoint(self.out / "next.pt", {
-            "model": self.model.state_dict(), **self.optimizer.state_dict(), "step": step + 1, "steps": self.steps,
-            "config": asdict(self.config), "tokens": self.tokens, "transformer": asdict(self.model.backbone.config)})
-        self.settle()
-        if last.is_file():
-            os.replace(last, self.out / "previous.pt")
-        os.replace(self.out / "next.pt", last)
-
-    def each_step(self, text):
-        """The steps that are left, with a bar. Every save_every steps, and after the last, a checkpoint, which waits
-        for a step whose gradient was finite.
-
-        A signal to stop (Ctrl-C, SIGTERM) lets the step end, saves, and exits with the code that shells give it; a
-        second one exits at once. Several processes stop at the same step: the next that writes a line of metrics.
+        A step whose gradient is not finite counts as skipped, and is left out of the means.
         """
-        left, self.since = range(self.first, self.end), (trimmed := time.perf_counter())
-        self.bar = progress(left, text, len(left), " steps", self.rank == 0)
-        owed = False  # a checkpoint that waits for a good step
-        keep()
-        with stopping() as self.asked:
-            for step in self.bar:
-                yield step
-                if time.perf_counter() - trimmed > 10:
-                    give_back()
-                    trimmed = time.perf_counter()
-                stop = self.stop or (self.world == 1 and sum(self.asked))
-                if stop and self.rank == 0 and self.earlier:
-                    self.withdraw()
-                last = stop or step + 1 == self.end
-                owed = (owed or last or self.due(step, self.config.save_every)) and self.rank == 0
-                if owed and self.may_save(last):
-                    self.save(step)
-                    owed = False
-                if stop and step + 1 < self.end:
-                    self.bar.close()
-                    say(f"stopped at step {step + 1} of {self.end}: the same command with --resume goes on from "
-                        f"{self.out / 'last.pt'}")
-                    leave_group()
-                    sys.exit(stop)
-        if self.board:
+        self.names, finite = list(groups[0]), gradient_norm.isfinite()
+        values = torch.stack([torch.stack([*group.values()]) for group in groups])
+        values = values.detach().float().mean(dim=0)
+        self.sums = self.sums + values.masked_fill(~finite, 0)
+        self.steps, self.good_steps = self.steps + 1, self.good_steps + finite.float()
+        self.bad_steps = (self.bad_steps + 1) * ~finite  # in a row
+        self.loss = values[self.names.index("loss")]
+        self.first_loss = self.loss if self.first_loss is None else self.first_loss
+
+    def write_means(self, step, lr):
+        """Writes the means since the last call, over steps and processes -> text for a bar."""
+        world = rank_and_world()[1]
+        *sums, good_steps = sum_over_all(torch.cat([self.sums, self.good_steps[None]])).tolist()
+        skipped = self.steps - round(good_steps / world)
+        means = [total / max(1, self.steps - skipped) / world for total in sums]
+        means = dict(zip(self.names, means))
+        rate = self.config.batch * self.steps / (time.perf_counter() - self.since)
+        more = {"skipped_steps": skipped} if skipped else {}
+        self.write(step, epoch=step / self.epoch, **means, lr=lr, videos_per_second=rate, **more)
+        self.reset()
+        self.check()
+        return "  ".join(f"{name} {value:.1%}" if "accuracy" in name else f"{name} {value:.3f}"
+                         for name, value in {**means, **more}.items())
+
+    def write(self, step, **metrics):
+        """One line of metrics.jsonl, and the same numbers for TensorBoard."""
+        if not (self.writes and metrics):
+            return
+        metrics = {name: round(value, 6) if isinstance(value, float) else value
+                   for name, value in metrics.items()}
+        with writing(self.out), open(self.out / "metrics.jsonl", "a") as file:
+            file.write(json.dumps({"step": step, **metrics}) + "\n")
+        for name, value in metrics.items():
+            self.board.add_scalar(name, value, step)
+
+    def may_save(self, step, end, stop):
+        """Whether a checkpoint is due. It waits for a step whose gradient is finite.
+
+        The last one does not wait: it follows at most two steps that were skipped.
+        """
+        last = step == end or bool(stop)
+        self.save_due |= last or step % self.config.save_every == 0
+        saves = self.save_due and (self.check(most_bad_steps=3 if last else 10) or last)
+        self.save_due &= not saves
+        return saves
+
+    def check(self, most_bad_steps=10):
+        """-> whether this step's gradient is finite.
+
+        Raises UserError if so many steps in a row were skipped, or the loss has exploded.
+        """
+        bad_steps, loss, first = int(self.bad_steps), float(self.loss), float(self.first_loss)
+        if bad_steps >= most_bad_steps:
+            raise UserError(f"the gradient was not finite in {bad_steps} steps in a row: "
+                            f"lower --lr (last.pt is from before)")
+        if not bad_steps and not loss < 10 * max(1.0, first):
+            raise UserError(f"the loss has risen from {first:.3g} to {loss:.3g}: "
+                            f"lower --lr (last.pt is from before)")
+        return not bad_steps
+
+    def close(self, step, end, steps, stop):
+        """Ends the run, of which `step` of `end` steps are done, in a schedule of `steps`.
+
+        stop: of `processes.agree`. Exits with it where it is not 0.
+        """
+        if self.writes:
             self.board.close()
-        if self.end < self.steps:
-            say(f"stopped in a schedule of {self.steps} steps: --resume goes on here, --resume-from in another folder")
-
-    def due(self, step, every):
-        return (step + 1) % every == 0 or step + 1 == self.end
-
-    def record(self, step, measures, lr, shown):
-        """A step's measures, {name: scalar tensor}, each process's share; every log_every steps a line of metrics, with
-        their means over these steps and over the processes, those left out whose gradient was not finite. shown: format
-        of what the bar shows of them."""
-        values, bad = torch.stack(list(measures.values())), self.optimizer.bad
-        self.sums, self.count = self.sums + values.masked_fill(bad, 0), self.count + 1
-        self.first_loss = values[0] if self.first_loss is None else self.first_loss
-        if not self.due(step, self.config.log_every):
-            return
-        asked = values.new_tensor([sum(self.asked)])
-        *sums, asked = sum_over_all(torch.cat([self.sums, asked])).tolist()
-        skipped, now, done = int(self.optimizer.skipped), time.perf_counter(), step + 1
-        means = {name: total / max(1, self.count - skipped) / self.world for name, total in zip(measures, sums)}
-        self.write(step=done, epoch=done * self.config.batch / self.videos, **means, lr=lr,
-                   videos_per_second=self.config.batch * self.count / (now - self.since),
-                   **({"skipped_steps": skipped} if skipped else {}))
-        self.bar.set_postfix_str(shown.format(**means) + f" skipped {skipped}" * (skipped > 0), refresh=False)
-        self.loss, self.stop = means["loss"], int(asked and (sum(self.asked) or 128 + signal.SIGTERM))
-        if self.optimizer.in_row >= 10:
-            self.give_up(f"the gradient was not finite in {int(self.optimizer.in_row)} steps in a row")
-        if not math.isfinite(self.loss):
-            self.give_up(f"the loss is {self.loss} at step {done}")
-        self.optimizer.skipped.zero_()
-        self.sums, self.count, self.since = 0, 0, now
-
-    def may_save(self, last):
-        """Whether the model is good: not after a step that was skipped, as the one before may have spoilt it; at the
-        end one or two such steps are borne. One whose loss is ten times that of the first step has exploded: UserError.
-        """
-        in_row = int(self.optimizer.in_row)
-        if last and in_row > 2:
-            self.give_up(f"the gradient was not finite in the last {in_row} steps")
-        if self.first_loss is not None:
-            good = self.count - int(self.optimizer.skipped)
-            loss = self.sums[0].item() / max(good, 1) if self.count else self.loss
-            if not loss < 10 * max(1.0, self.first_loss.item()):
-                self.give_up(f"the loss has risen from {self.first_loss.item():.3g} to {loss:.3g}")
-        return last or not in_row
-
-    def give_up(self, why):
-        last = self.out / "last.pt"
-        kept = f"; {last} is from before" if last.is_file() and not self.earlier else ""
-        raise UserError(f"{why}: lower --lr{kept}")
-
-    def write(self, **metrics):
-        """One line of metrics; step is among them."""
-        if self.rank == 0:
-            metrics = {key: round(value, 6) if isinstance(value, float) else value for key, value in metrics.items()}
-            with open(self.out / f"metrics{self.new}.jsonl", "a") as file:
-                file.write(json.dumps(metrics) + "\n")
-            for key in metrics.keys() - {"step"}:
-                self.board.add_scalar(key, metrics[key], metrics["step"])
+        if stop and step < end:
+            say(f"stopped at step {step} of {end}: the same command with --resume continues")
+            leave_group()
+            sys.exit(stop)
+        if end < steps:
+            say(f"stopped in a schedule of {steps} steps: --resume-from continues it in another "
+                f"folder")
 
 
 def read_metrics(out):
-    """The lines of a run's metrics.jsonl, a last one cut short left out -> [dict]."""
-    return [line for line in read_lines(Path(out) / "metrics.jsonl") if isinstance(line.get("step"), int)]
+    """The records of a run's metrics.jsonl, without a last line that was cut short -> [dict]."""
+    records = read_lines(Path(out) / "metrics.jsonl")
+    return [record for record in records if isinstance(record.get("step"), int)]
+
+
+def save(config, model, optimizer, scaler, step, steps, tokens):
+    """last.pt, by the first process. step: how many are done. tokens: how they were made."""
+    if rank_and_world()[0] > 0:
+        return
+    save_checkpoint(Path(config.out) / "last.pt", {
+        "model": model.state_dict(), "optimizer": optimizer.state_dict(),
+        "scaler": scaler.state_dict(), "step": step, "steps": steps, "config": asdict(config),
+        "tokens": tokens, "transformer": asdict(model.backbone.config)})
+

@@ -1,4 +1,4 @@
-"""What the tests share: small videos, encoded for real; small token stores; the scripts, called with a command line."""
+"""What the tests share: real small videos, small token stores, and calls of the scripts."""
 import contextlib
 import io
 import os
@@ -19,33 +19,38 @@ import torch
 ROOT = Path(__file__).parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "benchmarks")]
 torch.set_num_threads(1)  # tiny tensors: several threads only wait for each other
+if "NATIVE_BF16" in os.environ:  # what --precision auto is to take a CPU for
+    torch.cpu._is_avx512_bf16_supported = lambda: os.environ["NATIVE_BF16"] == "1"
 os.environ["OMP_NUM_THREADS"] = "1"  # likewise in the scripts that tests start
 
 import data
 import toy
 from plumbing import cli, runs
-from plumbing.writer import StoreWriter
+from plumbing.files import whole
+from plumbing.store import PartWriter, pack_index, read_parts
 
-TINY = dict(layers=1, dim=16, heads=2, head_dim=8, mlp_dim=32, projection_hidden=16, batch=4, log_every=2, save_every=3,
-            knn_every=3, knn=3, device="cpu")
+TINY = dict(layers=1, dim=16, heads=2, head_dim=8, mlp_dim=32, projection_hidden=16, batch=4,
+            log_every=2, save_every=3, knn_every=3, knn=3, device="cpu")
 
 
 def flags(settings):
-    return [part for key, value in settings.items() for part in ("--" + key.replace("_", "-"), value)]
+    return [part for key, value in settings.items()
+            for part in ("--" + key.replace("_", "-"), value)]
 
 
 def run(place, *argv, script="pretrain.py", under=()):
-    """A script in a process of its own, in a folder. under: what stands between the interpreter and the script."""
-    return subprocess.run([sys.executable, *under, str(ROOT / script), *map(str, argv)], cwd=place, check=False,
-                          capture_output=True, text=True)
+    """Runs a script in another process. under: arguments between the interpreter and the script."""
+    command = [sys.executable, *under, str(ROOT / script), *map(str, argv)]
+    return subprocess.run(command, cwd=place, check=False, capture_output=True, text=True)
 
 
 def call(module, *argv, place="."):
-    """A script's main in this process, as its last line calls it, in a folder -> returncode, stdout, stderr."""
+    """Runs a script in this process, in a folder -> returncode, stdout, stderr."""
     stdout, stderr, code, argv_before = io.StringIO(), io.StringIO(), 0, sys.argv
     sys.argv = [module.__file__, *map(str, argv)]
     try:
-        with contextlib.chdir(place), contextlib.redirect_stdout(stdout), contextlib.redirect_stderr(stderr):
+        with contextlib.chdir(place), contextlib.redirect_stdout(stdout), \
+                contextlib.redirect_stderr(stderr):
             cli.run(module.main)
     except SystemExit as stop:
         code = stop.code or 0
@@ -56,54 +61,85 @@ def call(module, *argv, place="."):
 
 @contextlib.contextmanager
 def recorded_gradients():
-    """-> a list that fills with the gradients of each step of a run, {parameter: tensor}, before they are clipped."""
-    found = []
+    """-> a list that fills with the gradients of each step of a run, {parameter: tensor}.
 
-    class Recording(runs.Optimizer):
-        def step(self, step):
-            found.append({name: p.grad.clone() for name, p in self.model.named_parameters() if p.grad is not None})
-            return super().step(step)
-    with mock.patch.object(runs, "Optimizer", Recording):
-        yield found
+    They are those before clipping.
+    """
+    gradients, models = [], []
+    build, clip = runs.build_optimizer, torch.nn.utils.clip_grad_norm_
+
+    def watched_build(model, *args):
+        models.append(model)
+        return build(model, *args)
+
+    def watched_clip(parameters, *args):
+        gradients.append({name: p.grad.clone() for name, p in models[-1].named_parameters()
+                          if p.grad is not None})
+        return clip(parameters, *args)
+
+    with mock.patch.object(runs, "build_optimizer", watched_build), \
+            mock.patch.object(torch.nn.utils, "clip_grad_norm_", watched_clip):
+        yield gradients
 
 
 def assert_same_gradients(one, two):
-    """Of every step and parameter, but for the rounding of float32: 1e-4 of the tensor's largest, or 1e-5 of the
-    largest of all where a gradient is 0 but for rounding, such as that of a bias before a batch norm."""
+    """The gradients of every step and parameter agree, up to the rounding of float32.
+
+    The tolerance is 1e-4 of the tensor's largest number. Where the true gradient is 0, such as of
+    a bias before a batch norm, it is 1e-5 of the largest number of all.
+    """
     assert len(one) == len(two) > 0
     for a, b in zip(one, two):
         assert a.keys() == b.keys()
         least = 0.1 * max(gradient.abs().max().item() for gradient in a.values())
         for name in a:
-            assert torch.allclose(a[name], b[name], rtol=0, atol=1e-4 * max(least, a[name].abs().max().item())), name
+            scale = max(least, a[name].abs().max().item())
+            assert torch.allclose(a[name], b[name], rtol=0, atol=1e-4 * scale), name
 
 
 def interrupted(step):
-    """A context in which a run is interrupted in this step."""
-    rate = runs.learning_rate
+    """A context in which a run raises KeyboardInterrupt in this step."""
+    learning_rate = runs.learning_rate
 
-    def interrupt(now, *rest):
+    def interrupt(now, *args):
         if now == step:
             raise KeyboardInterrupt
-        return rate(now, *rest)
+        return learning_rate(now, *args)
+
     return mock.patch.object(runs, "learning_rate", interrupt)
 
 
 def write_store(path, videos, **header):
-    """A token store. videos: [(tokens (views, F, H, W), {label set: class})]; video i is called i.mp4."""
-    header = dict(tokenizer="t", fingerprint="f", arithmetic="float32", vocab_size=16, fps=8, size=16,
-                  height=videos[0][0].shape[2], width=videos[0][0].shape[3], views=[[16, "center", False]], root="/",
-                  classes=None) | header
-    writer = StoreWriter(path, header)
+    """A token store. videos: [(tokens (views, F, H, W), {label set: class})]; video i is i.mp4.
+
+    header: settings, root and classes that differ from the defaults below.
+    """
+    if "views" in header:
+        header["views"] = [list(view) for view in header["views"]]
+    settings = dict(tokenizer="t", fingerprint="f", vocab_size=16, fps=8, size=16,
+                    height=videos[0][0].shape[2], width=videos[0][0].shape[3],
+                    views=[[16, "center", False]], resampling="r", root="/", classes=None) | header
+    root, classes = settings.pop("root"), settings.pop("classes")
+    writer = PartWriter(path, settings, root)
     for number, (tokens, _) in enumerate(videos):
-        writer.add(f"{number}.mp4", tokens)
+        writer.add(f"{number}.mp4", size=0, mtime=0, tokens=tokens)
     writer.close()
-    writer.finish([(f"{number}.mp4", labels, None, None) for number, (_, labels) in enumerate(videos)])
+    write_index(path, settings, [(f"{number}.mp4", labels)
+                                 for number, (_, labels) in enumerate(videos)], root, classes)
     return data.TokenStore(path)
 
 
+def write_index(path, settings, labels, root="/", classes=None):
+    """Finishes a token store whose parts exist. labels: [(name, {label set: class})]."""
+    parts = read_parts(path, settings)
+    videos = [parts[name][-1] for name, _ in labels]
+    header = {**settings, "root": root, "classes": classes}
+    with whole(path / "index.npz") as file:
+        file.write(pack_index(path, header, videos, [row for _, row in labels]))
+
+
 def random_store(path, count, lengths=(3, 20), side=4, seed=0, **header):
-    """Videos of random tokens and random lengths: of a clip of five frames at stride 2 some are beyond the end."""
+    """Videos of random tokens and lengths. Some are shorter than five frames at stride 2."""
     random = np.random.default_rng(seed)
     return write_store(path, [(random.integers(16, size=(1, random.integers(*lengths), side, side)),
                                {"label": int(random.integers(3))}) for _ in range(count)], **header)
@@ -111,10 +147,11 @@ def random_store(path, count, lengths=(3, 20), side=4, seed=0, **header):
 
 @pytest.fixture(scope="session")
 def write_video():
-    """Writes a video file of grey frames, frame i as bright as grey[i], with a white stripe at the left."""
+    """Writes a video of grey frames, frame i as bright as grey[i], with a white stripe at left."""
     def write(path, grey, fps=8, width=64, height=64, codec="libx264", options=("-crf", "4")):
         path.parent.mkdir(parents=True, exist_ok=True)
-        with imageio.get_writer(path, fps=fps, codec=codec, macro_block_size=2, output_params=list(options)) as writer:
+        with imageio.get_writer(path, fps=fps, codec=codec, macro_block_size=2,
+                                output_params=list(options)) as writer:
             for value in grey:
                 frame = np.full((height, width, 3), value, np.uint8)
                 frame[:, :8] = 255
@@ -125,22 +162,24 @@ def write_video():
 
 @pytest.fixture(scope="session")
 def small_disk(tmp_path_factory):
-    """-> a function: what starts a command with a disk of 400 kB, mounted in a folder for it alone."""
+    """-> a function: the arguments that start a command with a disk of 400 kB in a folder."""
     def under(folder):
         folder.mkdir()
-        return ["unshare", "-rm", "sh", "-c", 'mount -t tmpfs -o size=400k x "$0" && exec "$@"', str(folder)]
+        script = 'mount -t tmpfs -o size=400k x "$0" && exec "$@"'
+        return ["unshare", "-rm", "sh", "-c", script, str(folder)]
     tried = [*under(tmp_path_factory.mktemp("disk") / "x"), "true"]
-    if not shutil.which("unshare") or subprocess.run(tried, check=False, capture_output=True).returncode:
+    if not shutil.which("unshare") or subprocess.run(tried, check=False,
+                                                     capture_output=True).returncode:
         pytest.skip("needs a namespace of its own to mount a small disk in")
     return under
 
 
 @pytest.fixture(scope="session")
 def in_two_processes(tmp_path_factory):
-    """-> a function that calls (function, arguments) in two processes of a group: what each returned."""
+    """-> a function that calls (function, arguments) in two processes -> what each returned."""
     meeting = tmp_path_factory.mktemp("group") / "meeting"
-    pools = [ProcessPoolExecutor(1, torch.multiprocessing.get_context("spawn"), join_group, (meeting, rank))
-             for rank in (0, 1)]
+    context = torch.multiprocessing.get_context("spawn")
+    pools = [ProcessPoolExecutor(1, context, join_group, (meeting, rank)) for rank in (0, 1)]
     yield lambda *job: [torch.load(io.BytesIO(done.result()), weights_only=False)
                         for done in [pool.submit(saved, *job) for pool in pools]]
     for pool in pools:
@@ -148,8 +187,9 @@ def in_two_processes(tmp_path_factory):
 
 
 def join_group(meeting, rank):
-    torch.distributed.init_process_group("gloo", init_method=f"file://{meeting}", rank=rank, world_size=2,
-                                         timeout=timedelta(minutes=2))
+    torch.distributed.init_process_group(
+        "gloo", init_method=f"file://{meeting}", rank=rank, world_size=2,
+        timeout=timedelta(minutes=2))
 
 
 def saved(function, *args):
@@ -160,7 +200,7 @@ def saved(function, *args):
 
 @pytest.fixture(scope="session")
 def workplace(tmp_path_factory):
-    """A folder with a very small toy world, pre-trained for a few steps through the command line."""
+    """A folder with a very small toy world, pre-trained for a few steps."""
     place = tmp_path_factory.mktemp("work")
     toy.make(place / "datasets/toy", {"pretrain": 24, "train": 12, "val": 8, "test": 6}, workers=1)
     done = run(place, "--steps", 5, "--tokenizer-steps", 20, *flags(TINY))

@@ -17,32 +17,29 @@ def seeded(seed):
     return torch.Generator().manual_seed(seed)
 
 
-def random_clips(videos, frames=5, side=8, seed=0):
-    return torch.randint(V, (videos, 2, frames, side, side), generator=seeded(seed))
-
-
 # ---------------------------------------------------------------- which tokens
 
 
 @settings(deadline=None, max_examples=60)
 @given(sizes, sizes, sizes, st.integers(0, 2**31))
-def test_one_cuboid_is_a_box_of_the_allowed_size(frames, height, width, seed):
+def test_one_cuboid_has_the_allowed_size(frames, height, width, seed):
     for mask in masking.block_mask(20, frames, height, width, 1, generator=seeded(seed)):
-        places = mask.nonzero()
-        box = places.amax(0) + 1 - places.amin(0)
-        assert mask.sum() == box.prod()  # the hidden tokens fill their bounding box: it is one cuboid
-        assert all(1 <= side <= max(1, most) for side, most in
-                   zip(box.tolist(), (2 * frames // 3, height // 2, width // 2)))
+        positions = mask.nonzero()
+        sides = positions.amax(0) + 1 - positions.amin(0)
+        assert mask.sum() == sides.prod()  # the hidden tokens fill their bounding box
+        most = (2 * frames // 3, height // 2, width // 2)
+        assert all(1 <= side <= max(1, limit) for side, limit in zip(sides.tolist(), most))
 
 
 def test_every_length_and_every_start_is_equally_likely():
-    inside = masking.block_mask(60000, 3, 6, 1, 1, generator=seeded(0))[..., 0].any(dim=1)  # (60000, 6), rows
+    mask = masking.block_mask(60000, 3, 6, 1, 1, generator=seeded(0))
+    inside = mask[..., 0].any(dim=1)  # (60000, 6), rows
     length = inside.sum(dim=1)  # 1..3
     start = inside.int().argmax(dim=1)
     for n in (1, 2, 3):
-        own = start[length == n]
-        assert len(own) / 60000 == pytest.approx(1 / 3, abs=0.01)
-        counts = torch.bincount(own, minlength=7 - n) / len(own)
+        starts = start[length == n]
+        assert len(starts) / 60000 == pytest.approx(1 / 3, abs=0.01)
+        counts = torch.bincount(starts, minlength=7 - n) / len(starts)
         assert torch.allclose(counts, torch.full((7 - n,), 1 / (7 - n)), atol=0.015)
 
 
@@ -54,8 +51,9 @@ def test_clips_draw_their_own_masks_and_a_generator_repeats_them():
 
 @settings(deadline=None, max_examples=15)
 @given(st.integers(1, 6), st.integers(1, 8), st.integers(1, 8), st.integers(1, 6))
-def test_closed_form_is_what_sampling_gives(frames, height, width, blocks):
-    sampled = masking.block_mask(4000, frames, height, width, blocks, generator=seeded(0)).float().mean().item()
+def test_the_closed_form_equals_the_mean_of_samples(frames, height, width, blocks):
+    mask = masking.block_mask(4000, frames, height, width, blocks, generator=seeded(0))
+    sampled = mask.float().mean().item()
     assert masking.expected_ratio(frames, height, width, blocks) == pytest.approx(sampled, abs=0.02)
 
 
@@ -66,7 +64,7 @@ def test_blocks_for_comes_closest_to_the_ratio(target):
 
 
 @pytest.mark.parametrize("target", [0, 1, 1.5])
-def test_blocks_for_refuses_a_ratio_that_is_none(target):
+def test_blocks_for_refuses_an_impossible_ratio(target):
     with pytest.raises(UserError, match=str(target)):
         masking.blocks_for(5, 16, 16, target=target)
 
@@ -78,109 +76,82 @@ def test_iid_mask_hides_the_ratio_without_structure():
         assert (mask * mask.roll(1, axis)).mean().item() == pytest.approx(0.15 ** 2, abs=0.003)
 
 
-# ---------------------------------------------------------------- what stands in their place
+# ---------------------------------------------------------------- what replaces them
 
 
-def test_hide_masks_what_is_hidden_and_nothing_else():
-    tokens = torch.randint(100, (4, 5, 8, 8), generator=seeded(0))
-    tokens[1, -1] = 101  # a frame of PAD
-    mask = masking.block_mask(4, 5, 8, 8, 6, generator=seeded(0))
-    hidden = masking.hide(tokens, mask, 100)
-    assert (hidden[mask & (tokens != 101)] == 104).all()
-    assert torch.equal(hidden[~mask], tokens[~mask])
-    assert (hidden[1, -1] == 101).all()
+def test_hide_masks_hidden_tokens_and_nothing_else():
+    tokens = torch.randint(V, (4, 5, 8, 8), generator=seeded(0))
+    tokens[1, -1] = PAD
+    for mask in (masking.cuboids(4, 5, 8, 8, 6, generator=seeded(0)),
+                 masking.block_mask(4, 5, 8, 8, 6, generator=seeded(0))):
+        replaced = masking.hide(tokens, mask, V)
+        mask = masking.union(mask)
+        assert (replaced[mask & (tokens != PAD)] == MASK).all()
+        assert torch.equal(replaced[~mask], tokens[~mask])
+        assert (replaced[1, -1] == PAD).all()
 
 
-def test_hide_with_noise_draws_for_every_token():
+def test_noise_of_iid_masks_is_80_10_10_for_each_token():
     tokens = torch.randint(V, (50, 5, 8, 8), generator=seeded(1))
-    hidden = masking.hide(tokens, torch.ones_like(tokens, dtype=torch.bool), V, noise=True, generator=seeded(0))
-    masked, kept = (hidden == MASK).float(), hidden == tokens
+    mask = torch.ones_like(tokens, dtype=torch.bool)
+    replaced = masking.hide(tokens, mask, V, noise=True, generator=seeded(0))
+    masked, kept = (replaced == MASK).float(), replaced == tokens
     assert masked.mean().item() == pytest.approx(0.8, abs=0.02)
     assert kept.float().mean().item() == pytest.approx(0.1, abs=0.02)
     assert (masked[..., 1:] * masked[..., :-1]).mean().item() == pytest.approx(0.64, abs=0.02)
-    assert hidden[~kept & (masked == 0)].max() < V
+    assert replaced[~kept & (masked == 0)].max() < V
 
 
-def test_where_cuboids_overlap_the_last_decides_that_does_not_leave_its_tokens():
-    boxes = masking.cuboids(50, 5, 8, 8, 6, generator=seeded(0))
-    numbers = torch.rand(50, 6, generator=seeded(1))  # those that cuboid_draws will draw
+def test_where_cuboids_overlap_the_last_one_decides_that_replaces_its_tokens():
+    inside = masking.cuboids(50, 5, 8, 8, 6, generator=seeded(0))
+    numbers = torch.rand(50, 6, generator=seeded(1))  # those that noise_draws will draw
     expected = torch.ones(50, 5, 8, 8)
     for clip, cuboid in itertools.product(range(50), range(6)):
         if numbers[clip, cuboid] < 0.9:
-            expected[clip, boxes[clip, cuboid]] = numbers[clip, cuboid]
-    assert torch.equal(masking.cuboid_draws(boxes, seeded(1)), expected)
+            expected[clip, inside[clip, cuboid]] = numbers[clip, cuboid]
+    assert torch.equal(masking.noise_draws(inside, seeded(1)), expected)
 
 
-def kinds_of_cuboids(seed):
-    """Of 3,000 clips with one noisy cuboid each -> its lengths (3000, 3), kind (3000,): 0 MASK, 1 random, 2 left."""
-    torch.manual_seed(seed)  # as a training step seeds it, so that numbers from there would follow the generator's
-    clips = random_clips(1500)
-    batch = masking.prepare(clips, V, blocks=1, noise=True, generator=seeded(seed))
-    hidden = batch.mask.sum(dim=(1, 2, 3))
-    masked, kept = (((batch.inputs == code) & batch.mask).sum(dim=(1, 2, 3)) for code in (MASK, batch.tokens))
+def noise_by_cuboid(seed):
+    """3,000 clips with one noisy cuboid each -> lengths (3000, 3) and kind (3000,) of the cuboids.
+
+    Kinds: 0 MASK, 1 random codes, 2 kept.
+    """
+    generator = seeded(seed)
+    tokens = torch.randint(V, (3000, 5, 8, 8), generator=generator)
+    inside = masking.cuboids(3000, 5, 8, 8, 1, generator=generator)
+    replaced = masking.hide(tokens, inside, V, noise=True, generator=generator)
+    mask = masking.union(inside)
+    assert torch.equal(replaced[~mask], tokens[~mask])
+    hidden = mask.sum(dim=(1, 2, 3))
+    masked, kept = (((replaced == code) & mask).sum(dim=(1, 2, 3)) for code in (MASK, tokens))
     kind = torch.where(masked == hidden, 0, torch.where(kept == hidden, 2, 1))
     assert ((masked == 0) | (kind == 0)).all()  # one kind throughout
-    assert (kept[kind == 1] <= 1 + hidden[kind == 1] // 20).all()  # a random code is now and then the right one
-    lengths = [batch.mask.any(dim=axes).sum(dim=1) for axes in ((2, 3), (1, 3), (1, 2))]
+    chance = 1 + hidden[kind == 1] // 20  # a random code is sometimes the true one
+    assert (kept[kind == 1] <= chance).all()
+    lengths = [mask.any(dim=axes).sum(dim=1) for axes in ((2, 3), (1, 3), (1, 2))]
     return torch.stack(lengths, dim=1), kind
 
 
-def test_noise_is_80_10_10_of_the_cuboids_whatever_their_size():
-    found = [kinds_of_cuboids(seed) for seed in range(3)]
-    lengths, kind = (torch.cat(parts) for parts in zip(*found))
+def test_noise_of_block_masks_is_80_10_10_of_the_cuboids_whatever_their_size():
+    samples = [noise_by_cuboid(seed) for seed in range(3)]
+    lengths, kind = (torch.cat(parts) for parts in zip(*samples))
     for axis, most in enumerate(masking.longest(5, 8, 8)):
         for length in range(1, most + 1):
-            own = kind[lengths[:, axis] == length]
-            shares = torch.bincount(own, minlength=3) / len(own)
-            assert torch.allclose(shares, torch.tensor([0.8, 0.1, 0.1]), atol=0.03), (axis, length, shares)
+            kinds = kind[lengths[:, axis] == length]
+            fractions = torch.bincount(kinds, minlength=3) / len(kinds)
+            expected = torch.tensor([0.8, 0.1, 0.1])
+            assert torch.allclose(fractions, expected, atol=0.03), (axis, length)
 
 
-# ---------------------------------------------------------------- a batch
+# ---------------------------------------------------------------- kinds
 
 
-def every_way(test):
-    return pytest.mark.parametrize("noise", [False, True])(pytest.mark.parametrize("kind", ["block", "iid"])(test))
-
-
-@every_way
-def test_two_processes_hide_what_one_process_hides(kind, noise):
-    clips = random_clips(6)
-    clips[1, 0, -1] = PAD
-    alone = masking.prepare(clips, V, kind, noise=noise, generator=seeded(0))
-    for rank in range(2):
-        own = masking.prepare(clips[rank::2], V, kind, noise=noise, generator=seeded(0), rank=rank, world=2)
-        for part, whole in zip(own[:3], alone[:3]):
-            assert torch.equal(part, whole.unflatten(0, (2, 6))[:, rank::2].flatten(0, 1))
-        assert own.padded.tolist() == [rank == 1] + [False] * 5
-
-
-@every_way
-def test_the_first_clips_come_before_the_second_and_a_seed_repeats_the_masks(kind, noise):
-    clips = random_clips(40)
-    a, b, c = (masking.prepare(clips, V, kind, noise=noise, generator=seeded(seed)) for seed in (5, 5, 6))
-    assert torch.equal(a.tokens, torch.cat([clips[:, 0], clips[:, 1]])) and not a.padded.any()
-    assert torch.equal(a.mask, b.mask) and torch.equal(a.inputs, b.inputs)
-    assert not torch.equal(a.mask, c.mask) and not torch.equal(a.inputs, c.inputs)
-    assert torch.equal(a.inputs[~a.mask], a.tokens[~a.mask])
-    assert ((a.inputs[a.mask] == MASK).float().mean() < 0.95) == noise
-
-
-@every_way
-def test_padding_is_neither_predicted_nor_replaced(kind, noise):
-    clips = random_clips(20)
-    clips[::2, 0, -2:] = PAD
-    clips[3, 1] = PAD
-    batch = masking.prepare(clips, V, kind, ratio=0.5, noise=noise, generator=seeded(0))
-    pad = batch.tokens == PAD
-    assert torch.equal(batch.padded, pad.flatten(1).any(dim=1)) and not (batch.mask & pad).any()
-    assert (batch.inputs[pad] == PAD).all() and (batch.inputs[~pad] != PAD).all()
-    assert batch.mask[~pad].float().mean() > 0.4
-
-
-@pytest.mark.parametrize("asked, expected", [
-    ({}, masking.expected_ratio(5, 8, 8, masking.blocks_for(5, 8, 8))), (dict(kind="iid"), 0.15),
-    (dict(ratio=0.4), masking.expected_ratio(5, 8, 8, masking.blocks_for(5, 8, 8, 0.4))),
-    (dict(blocks=2, ratio=0.4), masking.expected_ratio(5, 8, 8, 2)), (dict(kind="iid", ratio=0.4), 0.4)])
-def test_a_batch_hides_the_share_asked_for(asked, expected):
-    batch = masking.prepare(random_clips(500), V, generator=seeded(0), **asked)
-    assert batch.mask.float().mean().item() == pytest.approx(expected, abs=0.012)
+@pytest.mark.parametrize("kind, ratio, blocks, expected", [
+    ("block", 0.15, 0, masking.expected_ratio(5, 8, 8, masking.blocks_for(5, 8, 8))),
+    ("block", 0.4, 0, masking.expected_ratio(5, 8, 8, masking.blocks_for(5, 8, 8, 0.4))),
+    ("block", 0.4, 2, masking.expected_ratio(5, 8, 8, 2)),
+    ("iid", 0.15, 0, 0.15), ("iid", 0.4, 0, 0.4)])
+def test_a_kind_hides_the_given_ratio(kind, ratio, blocks, expected):
+    mask = masking.KINDS[kind](1000, (5, 8, 8), ratio, blocks, seeded(0))
+    assert masking.union(mask).float().mean().item() == pytest.approx(expected, abs=0.012)
