@@ -1,0 +1,160 @@
+"""The paper's tables as experiments on the toy world: rows, figures, and what the paper says."""
+from typing import NamedTuple
+
+
+class Table(NamedTuple):
+    """A table of the paper.
+
+    rows: {name: what changes in the recipe, or None: no pre-training}.
+    paper: what the paper says of each row. M: masked-token accuracy, C: contrastive loss.
+    claims: (what the paper says, or is asked in addition; in which figure; the row that should be
+    higher, the row that should be lower).
+    recipe: a name of findings.RECIPES.
+    """
+    title: str
+    rows: dict
+    paper: tuple
+    claims: tuple
+    figures: tuple = ("mask accuracy", "contrastive loss", "motion", "appearance")
+    recipe: str = "short"
+
+
+BOTH = {}
+MASK = dict(alpha=0.0)
+CONTRAST = dict(mask_weight=0.0, contrast_on="whole")
+IID = dict(MASK, mask="iid")
+SLOW = dict(min_stride=1, max_stride=1)  # 1/8 s between frames: they look alike, as real ones do
+WITH_KNN = ("mask accuracy", "contrastive loss", "kNN appearance", "motion", "appearance")
+
+TABLES = {
+    "7": Table(
+        title="Which tasks",
+        rows={"none": None, "contrastive only": CONTRAST, "mask only": MASK, "both": BOTH},
+        paper=("SSV2 1.2, UCF101 41.3", "SSV2 32.5, UCF101 57.1", "SSV2 41.4, UCF101 68.3",
+               "SSV2 41.1, UCF101 69.4"),
+        claims=(
+            ("pre-training is far above none on the temporal task", "motion", "both", "none"),
+            ("and on the spatial one", "appearance", "both", "none"),
+            ("alone, masks help more than contrastive learning: temporal task",
+             "motion", "mask only", "contrastive only"),
+            ("and spatial task", "appearance", "mask only", "contrastive only"),
+            ("masks alone are above none: temporal task", "motion", "mask only", "none"),
+            ("and spatial task", "appearance", "mask only", "none"),
+            ("contrastive learning alone is above none: temporal task",
+             "motion", "contrastive only", "none"),
+            ("and spatial task", "appearance", "contrastive only", "none"),
+            ("masks add to contrastive learning on the temporal task",
+             "motion", "both", "contrastive only"),
+            ("contrastive learning adds to masks on the spatial task",
+             "appearance", "both", "mask only")),
+        recipe="long"),
+    "8": Table(
+        title="Which masks, without the contrastive task",
+        rows={"block": MASK, "i.i.d.": IID, "block, slow": {**MASK, **SLOW},
+              "i.i.d., slow": {**IID, **SLOW}},
+        paper=("M 17.6, UCF101 68.3", "M 24.3, UCF101 63.5", "", ""),
+        claims=(
+            ("i.i.d. masks have the higher masked-token accuracy",
+             "mask accuracy", "i.i.d.", "block"),
+            ("but fine-tune less well: spatial task", "appearance", "block", "i.i.d."),
+            ("(asked here) temporal task", "motion", "block", "i.i.d."),
+            ("slow clips: i.i.d. masks have the higher masked-token accuracy",
+             "mask accuracy", "i.i.d., slow", "block, slow"),
+            ("slow clips: but fine-tune less well: spatial task",
+             "appearance", "block, slow", "i.i.d., slow"),
+            ("(asked here) slow clips: temporal task", "motion", "block, slow", "i.i.d., slow"),
+            ("as a hidden token more often equals its nearest visible neighbour",
+             "copied", "i.i.d.", "block")),
+        figures=("mask accuracy", "copied", "motion", "appearance"),
+        recipe="long"),
+    "9 and 15": Table(
+        title="How much is hidden, without the contrastive task",
+        rows={"block, 11.1%": dict(MASK, blocks=3), "block, 14.5%": MASK,
+              "block, 17.6%": dict(MASK, blocks=5), "i.i.d., 11%": dict(IID, mask_ratio=0.11),
+              "i.i.d., 15%": IID, "i.i.d., 18%": dict(IID, mask_ratio=0.18)},
+        paper=("M 17.9, UCF101 66.8", "M 17.6, UCF101 68.3", "M 17.3, UCF101 67.3",
+               "M 25.6, UCF101 64.5", "M 24.3, UCF101 63.5", "M 24.0, UCF101 64.0"),
+        claims=(
+            ("the more is hidden in blocks, the less is predicted",
+             "mask accuracy", "block, 11.1%", "block, 17.6%"),
+            ("and likewise token by token", "mask accuracy", "i.i.d., 11%", "i.i.d., 18%"),
+            ("about 15% in blocks fine-tunes better than less",
+             "appearance", "block, 14.5%", "block, 11.1%"),
+            ("and than more", "appearance", "block, 14.5%", "block, 17.6%"))),
+    "10": Table(
+        title="How far apart two clips of a video may start",
+        rows={"anywhere": BOTH, "1 s": dict(d_max=1), "0 s": dict(d_max=0)},
+        paper=("C 1.06, UCF101 69.4", "30 s: C 0.77, UCF101 69.0; 10 s: C 0.61, UCF101 68.3",
+               "C 0.41, UCF101 66.7"),
+        claims=(
+            ("clips that start together have the lower loss",
+             "contrastive loss", "anywhere", "0 s"),
+            ("but teach less: spatial task", "appearance", "anywhere", "0 s"),
+            ("(asked here) temporal task", "motion", "anywhere", "0 s"))),
+    "11": Table(
+        title="How many videos are contrasted, in batches of 128",
+        rows={f"n = {n}": dict(batch=128, contrast=n) for n in (16, 32, 64, 128)},
+        paper=("n = 128: C 1.06, UCF101 69.4", "n = 256: C 1.30, UCF101 69.2",
+               "n = 512: C 1.56, UCF101 70.4", "n = 1024: C 1.86, UCF101 69.8"),
+        claims=(
+            ("the more, the higher the loss", "contrastive loss", "n = 128", "n = 16"),
+            ("(asked here) and the better the fine-tuning: spatial task",
+             "appearance", "n = 128", "n = 16")),
+        figures=WITH_KNN),
+    "12": Table(
+        title="Whether the contrasted clips are masked",
+        rows={"contrastive only, whole": CONTRAST,
+              "contrastive only, masked": dict(mask_weight=0.0),
+              "both tasks, whole": dict(contrast_on="whole"), "both tasks, masked": BOTH},
+        paper=("UCF101 57.1", "UCF101 55.5", "UCF101 67.4", "UCF101 69.4"),
+        claims=(
+            ("alone, whole clips teach more",
+             "appearance", "contrastive only, whole", "contrastive only, masked"),
+            ("with the mask task, masked ones do",
+             "appearance", "both tasks, masked", "both tasks, whole"),
+            ("(asked here) temporal task", "motion", "both tasks, masked", "both tasks, whole")),
+        figures=WITH_KNN),
+    "13": Table(
+        title="Attention layouts",
+        rows={"TxHxW": dict(layout="TxHxW"), "T,HxW": dict(layout="T,HxW"),
+              "T,H,W": dict(layout="T,H,W"), "T,H|W": BOTH,
+              "T,H,W, pre-LN": dict(layout="T,H,W", pre_norm=True),
+              "T,H|W, pre-LN": dict(pre_norm=True)},
+        paper=("UCF101 65.9, speed 12.6", "UCF101 69.0, speed 20.0", "UCF101 69.6, speed 26.4",
+               "UCF101 69.4, speed 32.0", "UCF101 69.0", "UCF101 67.6"),
+        claims=(
+            ("T,H|W is faster than all tokens at once", "speed", "T,H|W", "TxHxW"),
+            ("than T,HxW", "speed", "T,H|W", "T,HxW"),
+            ("and than T,H,W", "speed", "T,H|W", "T,H,W"),
+            ("and better than all tokens at once: spatial task", "appearance", "T,H|W", "TxHxW"),
+            ("(asked here) temporal task", "motion", "T,H|W", "TxHxW"),
+            ("post-LN is better than pre-LN: spatial task",
+             "appearance", "T,H|W", "T,H|W, pre-LN"),
+            ("(asked here) temporal task", "motion", "T,H|W", "T,H|W, pre-LN")),
+        figures=("mask accuracy", "contrastive loss", "speed", "motion", "appearance")),
+    "16": Table(
+        title="The contrastive loss's weight",
+        rows={"alpha 0": MASK, "alpha 0.5": dict(alpha=0.5), "alpha 1": BOTH,
+              "alpha 2": dict(alpha=2.0)},
+        paper=("M 17.6, UCF101 68.3", "M 17.5, C 1.07, UCF101 70.2", "M 17.2, C 1.06, UCF101 69.4",
+               "M 16.9, C 1.05, UCF101 68.0"),
+        claims=(
+            ("the more it weighs, the less is predicted", "mask accuracy", "alpha 0", "alpha 2"),
+            ("0.5 is better than 0", "appearance", "alpha 0.5", "alpha 0"),
+            ("and than 2: spatial task", "appearance", "alpha 0.5", "alpha 2"),
+            ("(asked here) temporal task", "motion", "alpha 0.5", "alpha 2"))),
+    "6 and 14": Table(
+        title="Sizes of the model and the clip",
+        rows={"d = 16": dict(dim=16, head_dim=8, mlp_dim=64), "as elsewhere": BOTH,
+              "8 frames": dict(frames=8)},
+        paper=("d = 512: M 17.2, C 1.06, UCF101 69.4", "d = 768: M 17.7, C 1.03, UCF101 75.0",
+               "d = 512, 10 frames: M 17.2, C 0.96, UCF101 74.2 (5 frames: 69.4)"),
+        claims=(
+            ("a wider model predicts more", "mask accuracy", "as elsewhere", "d = 16"),
+            ("and fine-tunes better: spatial task", "appearance", "as elsewhere", "d = 16"),
+            ("(asked here) temporal task", "motion", "as elsewhere", "d = 16"),
+            ("longer clips have the lower contrastive loss",
+             "contrastive loss", "as elsewhere", "8 frames"),
+            ("and fine-tune better: spatial task", "appearance", "8 frames", "as elsewhere"),
+            ("(asked here) temporal task", "motion", "8 frames", "as elsewhere"))),
+}
