@@ -264,7 +264,8 @@ def test_a_precision_that_is_asked_for_is_used():
 
 @pytest.mark.parametrize("script", [pretrain, finetune])
 def test_tf32_is_refused_on_a_cpu_before_anything_is_made(tmp_path, script):
-    done = call(script, "--device", "cpu", "--precision", "tf32", place=tmp_path)
+    done = call(script, "--device", "cpu", "--precision", "tf32", "--data", "nowhere",
+                place=tmp_path)
     assert done.returncode == 2 and len(done.stderr.splitlines()) == 1
     assert "--precision tf32 is for NVIDIA GPUs: use fp32 on cpu" in done.stderr
     assert not list(tmp_path.iterdir())
