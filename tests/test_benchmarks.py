@@ -110,9 +110,9 @@ def test_a_step_passes_groups_and_micro_batches_through_the_backbone(no_matrix_p
     passes = []
     encode = Vimpac.encode
 
-    def watched_encode(model, batch, whole_clips):
-        passes.append(batch.tokens.shape[1])
-        return encode(model, batch, whole_clips)
+    def watched_encode(model, inputs, *rest):
+        passes.append(len(inputs) // 2)
+        return encode(model, inputs, *rest)
 
     with mock.patch.object(Vimpac, "encode", watched_encode):
         throughput.measure(ROW, steps=1)
@@ -167,7 +167,7 @@ def test_memory_computes_the_loss_of_the_model():
     model.backbone.activation_checkpointing = True
     zeros = torch.zeros_like(tokens)[None].transpose(0, 1)  # (2, 1, T, H, W)
     mask = torch.zeros(zeros.numel(), dtype=torch.bool).scatter(0, hidden, True)
-    loss, _, _ = model.encode(Batch(zeros, zeros, mask.view(zeros.shape)))
+    loss, _, _ = model.encode(*model.to_device(Batch(zeros, zeros, mask.view(zeros.shape))))
     targets = torch.zeros_like(hidden)
     with mock.patch.object(torch.nn.functional, "cross_entropy") as cross_entropy:
         memory.encode(model, 1, hidden)
