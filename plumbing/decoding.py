@@ -67,7 +67,8 @@ def stream_views(path, fps, size, views, span=None):
     """As `read_views`, in pieces -> yields (uint8 (views, f, S, S, 3), damage).
 
     damage: None, or with the last piece a line about a file that may lack some frames.
-    span: (first, last), to read only the file's frames first <= n < last.
+    span: (first, last), to read only the file's frames first <= n < last. ffmpeg starts counting
+    anew where the frame size changes within a file.
     A video gives at most 1000 frames more than its file has bytes, and MOST_PICTURES in all views.
     ffmpeg resamples, scales and crops, and stacks the views: no full-size frame is piped. It does
     so as in the released extraction: the longer side is truncated, pixels are taken as square.
@@ -77,7 +78,7 @@ def stream_views(path, fps, size, views, span=None):
     if span:
         first, last = (_number("the span's frames", frame, 0, 2**40, Integral) for frame in span)
         trim = f"trim=start_frame={first}:end_frame={last},"
-    trim += "setpts=PTS-STARTPTS,"  # or the first frame repeats while audio plays before it
+    trim += "setpts=PTS-STARTPTS,"  # the video may start after its audio
     name = printed(path)
     try:
         status = os.stat(path)
@@ -134,7 +135,7 @@ def _ffmpeg(path, name, frame, most, graph, *options):
     command = [imageio_ffmpeg.get_ffmpeg_exe(), "-v", "error", "-nostdin", "-threads", "1",
                "-filter_threads", "1", "-protocol_whitelist", "file", "-format_whitelist", FORMATS,
                "-i", f"file:{path}", "-an", "-sn", "-dn", "-vf", graph, *options,
-               "-f", "rawvideo", "-pix_fmt", "rgb24", "-"]
+               "-fps_mode", "passthrough", "-f", "rawvideo", "-pix_fmt", "rgb24", "-"]
     piece, taken = max(1, PIECE // frame) * frame, 0
     pixels, complaints = bytearray(), bytearray()
     pipe = subprocess.PIPE

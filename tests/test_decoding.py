@@ -136,6 +136,20 @@ def test_a_video_that_starts_after_its_audio_starts_with_its_first_frame(tmp_pat
     assert np.array_equal(span, expected[5:12])
 
 
+def test_no_frame_is_lost_where_the_frame_size_changes(tmp_path):
+    parts = [tmp_path / "a.ts", tmp_path / "b.ts"]
+    for path, size in zip(parts, ("160x120", "120x160")):
+        make("-f", "lavfi", "-i", f"testsrc=size={size}:rate=25:duration=1", "-c:v", "mpeg2video",
+             "-f", "mpegts", path)
+    both = tmp_path / "both.ts"
+    both.write_bytes(b"".join(path.read_bytes() for path in parts))
+    first, second = (read_frames(path, 5, 64) for path in parts)
+    frames = read_frames(both, 5, 64)
+    assert len(frames) == 10
+    assert np.abs(frames[:5].astype(int) - first).mean() < 5
+    assert np.abs(frames[5:].astype(int) - second).mean() < 5
+
+
 def test_pixels_are_taken_as_square(tmp_path, write_video):
     """As in the released extraction, which ignores the sample aspect ratio."""
     path, wide = write_video(tmp_path / "v.mp4", [100] * 4), tmp_path / "wide.mp4"
