@@ -1,8 +1,8 @@
-"""Two clips of one video are contrasted with clips of other videos.
+"""The contrastive loss: two clips of a video are a positive pair, other videos' clips negatives.
 
     python contrastive.py    the loss at chance for several batch sizes, beside random features
 
-Shapes: n videos in the batch of one process, d features.
+Shapes: n videos, d features.
 """
 import math
 
@@ -29,7 +29,7 @@ class ProjectionHead(nn.Module):
 
     def forward(self, x):  # (B, dim)
         for linear, norm in zip(self.hidden, self.norms):
-            x = F.relu(norm(wide(linear(x))))  # (B, hidden); statistics in float32 under autocast
+            x = F.relu(norm(at_least_float32(linear(x))))  # (B, hidden)
         return self.out(x)  # (B, out)
 
     @classmethod
@@ -50,21 +50,22 @@ def info_nce(first, second, temperature=0.2):
     first, second: (n, d) projections of the first and second clips; row i of both is video i. They
     are normalised here. The total loss (Eq. 6) multiplies L_cl by alpha and the temperature.
 
-    With several processes, each gathers the videos of all (n must be the same everywhere) and
-    returns the same loss. The backward pass of the gather sums over processes, so that the mean
-    that DistributedDataParallel takes is the gradient of the loss.
+    With several processes, n being equal on each, every process gathers the projections of all and
+    computes the same loss. The backward pass of `gather` sums the gradients of the processes,
+    which undoes the mean that DistributedDataParallel takes.
     """
     with torch.autocast(first.device.type, enabled=False):  # similarities need float32
-        clips = torch.cat([gather(wide(first)), gather(wide(second))])  # (2n, d), of all
+        clips = torch.cat([gather(at_least_float32(x)) for x in (first, second)])  # (2n, d), of all
         f = F.normalize(clips, dim=1)
         similarity = f @ f.t() / temperature  # (2n, 2n)
-    itself = torch.eye(len(f), dtype=torch.bool, device=f.device)
-    similarity = similarity.masked_fill(itself, float("-inf"))
-    positive = torch.arange(len(f), device=f.device).roll(len(f) // 2)  # i + n of clip i, and back
-    return 2 * F.cross_entropy(similarity, positive)  # the mean over 2n clips, twice: L_i + L'_i
+    diagonal = torch.eye(len(f), dtype=torch.bool, device=f.device)
+    similarity = similarity.masked_fill(diagonal, float("-inf"))
+    positive = torch.arange(len(f), device=f.device).roll(len(f) // 2)  # of clip i: i + n, mod 2n
+    # Each row is one L_i or L'_i. Twice their mean over 2n clips is the mean of L_i + L'_i over n.
+    return 2 * F.cross_entropy(similarity, positive)
 
 
-def wide(x):
+def at_least_float32(x):
     """Half precision to float32; float32 and float64 stay as they are."""
     return x.float() if x.dtype in (torch.float16, torch.bfloat16) else x
 

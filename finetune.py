@@ -26,7 +26,7 @@ import data
 import predict
 from plumbing import checkpoints, datasets, processes, runs
 from plumbing.cli import UserError, option, parse, progress, run
-from plumbing.fitting import describe, fit
+from plumbing.fitting import describe, fit_to_device
 from plumbing.pictures import draw_confusion, draw_curves
 from plumbing.processes import agree, autocast, move, rank_and_world, say
 from plumbing.tokens import PAD
@@ -197,7 +197,7 @@ def train(config, model, store, labels, device, origin):
     log.close(done, end, steps, stop)
 
 
-def check_batch(config, videos, world):
+def resolve_batch(config, videos, world):
     """Sets config.batch to at most `videos` -> how many each process has.
 
     Raises UserError unless the processes have the same number.
@@ -291,7 +291,7 @@ def main():
     store = stores[config.eval_split]
     if not config.eval_only:
         videos = len(data.few_labels(stores["train"].labels(labels), config.num_labels))
-        fit(config, model, check_batch(config, videos, rank_and_world()[1]), device, try_out)
+        fit_to_device(config, model, resolve_batch(config, videos, rank_and_world()[1]), device, try_out)
         say(f"{videos} videos, {describe(model.backbone, device)}")
         learnt = checkpoints.read_checkpoint(config.checkpoint).get("tokens", {})
         origin = predict.origin(store, learnt.get("tokenizer"), labels=labels, classes=names)

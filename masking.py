@@ -43,7 +43,10 @@ def cuboids(batch, frames, height, width, blocks, device=None, generator=None):
 
 
 def block_mask(batch, frames, height, width, blocks, device=None, generator=None):
-    """Eq. 3: the union of N cuboids, drawn for each clip -> bool (B, T, H, W), True = hidden."""
+    """Eq. 3: the union of N cuboids, drawn for each clip -> bool (B, T, H, W), True = hidden.
+
+    Training calls `draw_blocks`, which keeps the cuboids apart for the noise of `hide`.
+    """
     return cuboids(batch, frames, height, width, blocks, device, generator).any(dim=1)
 
 
@@ -90,7 +93,7 @@ def blocks_for(frames, height, width, target=0.15):
 
 
 def iid_mask(batch, frames, height, width, ratio, device=None, generator=None):
-    """Eq. 2: every token with probability `ratio` -> bool (B, T, H, W), True = hidden."""
+    """Eq. 2: hides each token with probability `ratio` -> bool (B, T, H, W), True = hidden."""
     return torch.rand(batch, frames, height, width, device=device, generator=generator) < ratio
 
 
@@ -98,18 +101,18 @@ def iid_mask(batch, frames, height, width, ratio, device=None, generator=None):
 
 
 def draw_blocks(batch, shape, ratio, blocks=0, generator=None):
-    """Eq. 3 before the union, as the noise of `hide` is drawn once for each cuboid."""
+    """The cuboids of Eq. 3 without their union: `hide` draws its noise once for each cuboid."""
     blocks = blocks or blocks_for(*shape, ratio)
     return cuboids(batch, *shape, blocks, generator=generator)  # (B, N, T, H, W)
 
 
 def draw_iid(batch, shape, ratio, blocks=0, generator=None):
-    """Eq. 2."""
+    """Eq. 2. `blocks` has no meaning here."""
     return iid_mask(batch, *shape, ratio, generator=generator)  # (B, T, H, W)
 
 
 # A kind is a function (batch, (T, H, W), ratio, blocks, generator) -> bool (B, T, H, W), True =
-# hidden, or (B, N, T, H, W) for the union of N groups of tokens. With noise, a group gets one draw.
+# hidden, or (B, N, T, H, W), whose union over N is hidden and where noise is drawn once for each N.
 KINDS = {"block": draw_blocks, "iid": draw_iid}
 
 
@@ -119,9 +122,9 @@ KINDS = {"block": draw_blocks, "iid": draw_iid}
 def hide(tokens, mask, vocab_size, noise=False, generator=None):
     """Replaces hidden tokens -> int64 (B, T, H, W). PAD stays PAD.
 
-    tokens: int64 (B, T, H, W). mask: of one of KINDS. A hidden token becomes MASK. With noise
-    (Sec. G.3), 80% become MASK, 10% a random code, and 10% stay; as released, the draw is made once
-    for each cuboid of a block mask. For an i.i.d. mask it is made for each token.
+    tokens: int64 (B, T, H, W). mask: as returned by a function in KINDS. A hidden token becomes
+    MASK. With noise (Sec. G.3), 80% become MASK, 10% a random code, and 10% stay. As in the
+    released code, this is drawn once for each cuboid of a block mask, else for each token.
     """
     hidden = union(mask) & (tokens != vocab_size + PAD)
     if not noise:
@@ -134,22 +137,24 @@ def hide(tokens, mask, vocab_size, noise=False, generator=None):
 
 
 def union(mask):
-    """A mask of one of KINDS -> bool (B, T, H, W), True = hidden."""
+    """A mask as returned by a function in KINDS -> bool (B, T, H, W), True = hidden."""
     return mask.any(dim=1) if mask.dim() == 5 else mask
 
 
 def noise_draws(mask, generator=None):
-    """A random number for each cuboid, given to its tokens -> float (B, T, H, W). 1: no change.
+    """A number for each token: below 0.8 MASK, below 0.9 a random code, else no change
+    -> float (B, T, H, W).
 
-    Where cuboids overlap, the last one that replaces its tokens decides. A cuboid that keeps them
-    (0.9 and more) leaves those of earlier cuboids replaced, as in the released code.
+    All tokens of a cuboid get the same number. Where cuboids overlap, the last one with a number
+    below 0.9 decides, as in the released code.
     """
     if mask.dim() == 4:
         return torch.rand(mask.shape, device=mask.device, generator=generator)
     draw = torch.rand(*mask.shape[:2], 1, 1, 1, device=mask.device, generator=generator)
     draw = draw.where(mask & (draw < 0.9), 1)  # (B, N, T, H, W)
     replaces = (draw < 1).flip(1).int()
-    last = mask.shape[1] - 1 - replaces.argmax(dim=1, keepdim=True)  # (B, 1, T, H, W)
+    # argmax finds the first of the cuboids in reverse order: (B, 1, T, H, W)
+    last = mask.shape[1] - 1 - replaces.argmax(dim=1, keepdim=True)
     return draw.gather(1, last)[:, 0]
 
 

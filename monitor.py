@@ -44,7 +44,7 @@ def measure(model, terms, config, store, labelled=None):
 def evaluate(terms, config, store, videos):
     """The terms of Eq. 6 on held-out videos -> {"held_out_<term>": float}.
 
-    terms: (clips (n, 2, T, H, W), generator) -> {name: scalar}, of `pretrain.group_terms`. Clips
+    terms: (clips (n, 2, T, H, W), generator) -> {name: scalar}, of `pretrain.compute_losses`. Clips
     and masks are the same each time. Contrasted with each other are config.contrast videos, or as
     many as there are. The result is empty where there are fewer videos than processes.
     """
@@ -110,7 +110,8 @@ def knn_accuracy(features, labels, queries, truth, k, temperature=0.07):
     Neighbours are nearest by cosine, and vote with weight exp(similarity / temperature).
     features: (n, d) and queries: (m, d), normalised. labels: int64 (n,). truth: int64 (m,).
     """
-    similarity, nearest = (queries @ features.t()).topk(min(k, len(features)), dim=1)  # (m, k)
+    with torch.autocast(queries.device.type, enabled=False):  # similarities need float32
+        similarity, nearest = (queries @ features.t()).topk(min(k, len(features)), dim=1)  # (m, k)
     votes = torch.zeros(len(queries), int(labels.max()) + 1, device=queries.device)
     votes.scatter_add_(1, labels[nearest], (similarity / temperature).exp())  # (m, classes)
     return (votes.argmax(dim=1) == truth).float().mean().item()

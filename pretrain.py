@@ -1,12 +1,12 @@
-"""Script 1: masks + contrast -> a pre-trained model (Eq. 6: L_mask + alpha * gamma * L_cl).
+"""Pre-trains a model by predicting masked tokens and contrasting clips (Eq. 6).
 
-    python pretrain.py                                 the toy world, made first where missing
+    python pretrain.py                                 the toy world, generated if missing
     python pretrain.py --videos DIR --out runs/mine    a folder of any videos
     python pretrain.py --preset small --data tokens/howto100m --gpus 8        the paper's models
     python pretrain.py --fill-in VIDEO ... --checkpoint runs/toy/last.pt      pictures of Fig. 5
 
-Shapes: n videos contrasted with each other, those of this process, B = 2n clips,
-T frames, H x W tokens a frame, d hidden size, M hidden tokens, V codes.
+Shapes: n videos of a contrast group on this process (n of Eq. 4 counts those of all processes),
+B = 2n clips, T frames, H x W tokens a frame, d width, M hidden tokens, V codes and 5 special ids.
 """
 import sys
 from dataclasses import dataclass, replace
@@ -23,10 +23,10 @@ import data
 import masking
 import monitor
 import predict
-from contrastive import ProjectionHead, info_nce, wide
+from contrastive import ProjectionHead, at_least_float32, info_nce
 from plumbing import checkpoints, processes, released, runs
 from plumbing.cli import UserError, option, parse, progress, run
-from plumbing.fitting import describe, fit
+from plumbing.fitting import describe, fit_to_device
 from plumbing.processes import agree, autocast, move, one_seed, rank_and_world, say, sum_over_all
 from plumbing.tokens import PAD
 from plumbing.weights import init_weights
@@ -50,16 +50,16 @@ BETAS = (0.9, 0.98)  # of Adam, Table 4
 
 @dataclass
 class Config(runs.RunSettings):
-    preset: str = option("toy", "default sizes and numbers", list(PRESETS), group="what to train")
+    preset: str = option("toy", "defaults of the other flags", list(PRESETS), group="what to train")
     out: str = option("", "folder of the run (default: runs/PRESET)")
     videos: str = option("", "folder of videos (default: the toy world)")
     toy_videos: int = option(2000, "videos of the toy world", least=40, most=10**6)
     data: str = option("", "token store made by vqvae.py tokenize, in place of --videos")
     tokenizer: str = option("", "tokenizer of the videos or of the store (default: train one)")
     monitor: str = option("", "folder of labelled token stores, for the kNN accuracy")
-    init: str = option("", "checkpoint whose weights a new schedule starts from")
-    resume_from: str = option("", "checkpoint of another run, whose schedule continues here")
-    fill_in: tuple = option((), "draw what a model fills into these videos; no training")
+    init: str = option("", "checkpoint to take weights from, for a new schedule")
+    resume_from: str = option("", "checkpoint of another run, to continue its schedule here")
+    fill_in: tuple = option((), "draw what a model predicts for hidden tokens of these videos")
     checkpoint: str = option("", "checkpoint of --fill-in (default: the run's last.pt)")
     layers: int = option(6, "transformer layers", least=1, most=1000, group="model")
     dim: int = option(512, "hidden size", least=1, most=65536)
@@ -77,8 +77,8 @@ class Config(runs.RunSettings):
     codes: int = option(1024, "codes of a tokenizer trained on the videos", least=2, most=65531)
     tokenizer_steps: int = option(1000, "training steps of that tokenizer", least=1)
     min_stride: int = option(1, "smallest step between a clip's frames, in stored frames", least=1)
-    max_stride: int = option(1, "largest such step", least=1, most=1000)
-    d_max: float | None = option(None, "most seconds between the starts of two clips", least=0)
+    max_stride: int = option(1, "largest step between a clip's frames", least=1, most=1000)
+    d_max: float | None = option(None, "largest distance of two clips' starts, in seconds", least=0)
     held_out: int = option(128, "videos to measure on, at most a tenth of all", least=0)
     mask: str = option("block", "kind of mask", list(masking.KINDS), group="the two tasks")
     mask_ratio: float = option(0.15, "fraction of the tokens to hide", above=0, most=0.99)
@@ -131,26 +131,27 @@ class Config(runs.RunSettings):
 
 class Batch(NamedTuple):
     """Clips with hidden tokens: the first clips of n videos, then their second clips."""
-    tokens: torch.Tensor  # int64 (2, n, T, H, W): what hidden tokens are predicted to be
-    inputs: torch.Tensor  # int64 (2, n, T, H, W): what the model is given
-    mask: torch.Tensor  # bool (2, n, T, H, W): True = predicted; never PAD
+    tokens: torch.Tensor  # int64 (2, n, T, H, W): the original tokens, targets where hidden
+    inputs: torch.Tensor  # int64 (2, n, T, H, W): the same after hiding, fed to the model
+    mask: torch.Tensor  # bool (2, n, T, H, W): True where a token is to be predicted; never at PAD
 
 
 def mask_clips(clips, vocab_size, config, generator):
     """Draws masks (Eq. 2, 3) and hides tokens -> Batch.
 
-    clips: int64 (n, 2, T, H, W), on the CPU, so that counting hidden tokens waits for no GPU. Each
-    process draws all masks and keeps its own: they do not depend on the number of processes.
+    clips: int64 (n, 2, T, H, W), on the CPU, so that counting hidden tokens does not synchronise
+    with a GPU. Every process draws the masks of all processes from the same generator and keeps
+    its own, so that masks do not depend on the number of processes.
     """
     rank, world = rank_and_world()
     n, pair, *shape = clips.shape
-    everyone = clips.new_zeros(n * world, pair, *shape)
-    everyone[rank::world] = clips
-    tokens = everyone.flatten(0, 1)  # (B, T, H, W)
+    padded = clips.new_zeros(n * world, pair, *shape)  # zeros stand for the others' videos
+    padded[rank::world] = clips
+    tokens = padded.flatten(0, 1)  # (B * world, T, H, W)
     draw = masking.KINDS[config.mask]
     mask = draw(len(tokens), shape, config.mask_ratio, config.blocks, generator)
     inputs = masking.hide(tokens, mask, vocab_size, config.noise, generator)
-    mask = masking.union(mask) & (tokens != vocab_size + PAD)
+    mask = masking.union(mask) & (tokens != vocab_size + PAD)  # (B * world, T, H, W)
     by_video = (x.unflatten(0, (-1, pair))[rank::world] for x in (tokens, inputs, mask))
     return Batch(*(x.transpose(0, 1) for x in by_video))
 
@@ -166,27 +167,29 @@ class Vimpac(nn.Module):
         init_weights(self.projection_head, config.init_std)
 
     def forward(self, batch, temperature=0.2, micro_batch=None, whole_clips=False):
-        """Batch of n videos -> L_mask (Eq. 1), masked-token accuracy, L_cl (Eq. 5), scalars.
+        """Batch of n videos -> three scalars: L_mask (Eq. 1), its accuracy, L_cl (Eq. 5).
 
         micro_batch: how many videos pass through the backbone at a time (default: all).
         whole_clips: contrast clips without hidden tokens (Table 12).
-        With several processes, each returns its share of L_mask and the accuracy, scaled so that
-        the mean over processes is the mean over all hidden tokens, as for the gradients.
+        With several processes, L_mask and the accuracy are this process's sums times the number of
+        processes, over the hidden tokens of all. Their mean over processes, which
+        DistributedDataParallel takes of the gradients, is the mean over all hidden tokens.
         """
         n = batch.tokens.shape[1]
-        hidden = sum_over_all(self.backbone.cls.new_tensor(batch.mask.sum().item()))
-        parts = [Batch(*x) for x in zip(*(x.split(micro_batch or n, 1) for x in batch))]
-        # Clips interact only in the projection head's batch norm and in InfoNCE, and both need
-        # only CLS. So a micro-batch's activations need not be kept: the backward pass computes
-        # them again, with the same dropout, one micro-batch at a time.
-        parts = [self.to_device(part, whole_clips) for part in parts]
+        count = sum_over_all(self.backbone.cls.new_tensor(batch.mask.sum().item()))
+        parts = zip(*(x.split(micro_batch or n, dim=1) for x in batch))
+        parts = [self.to_device(Batch(*part), whole_clips) for part in parts]
+        # Micro-batches are exact: clips interact only in the projection head's batch norm and in
+        # InfoNCE, and both see only CLS. With several micro-batches, the backward pass computes
+        # the activations again, with the same dropout, so that memory holds one at a time.
         outputs = [self.encode(*part) if len(parts) == 1 else
                    checkpoint(self.encode, *part, use_reentrant=False) for part in parts]
         losses, correct, cls = zip(*outputs)
-        weight = rank_and_world()[1] / hidden.clamp(min=1)  # the mean of Eq. 1
+        weight = rank_and_world()[1] / count.clamp(min=1)  # DDP takes the mean over processes
         cls = torch.cat([x.unflatten(0, (2, -1)) for x in cls], dim=1)  # (2, n, d)
         first, second = self.projection_head(cls.flatten(0, 1)).chunk(2)  # (n, 256) each
-        return weight * sum(losses), weight * sum(correct), info_nce(first, second, temperature)
+        l_mask, accuracy = weight * sum(losses), weight * sum(correct)  # Eq. 1
+        return l_mask, accuracy, info_nce(first, second, temperature)
 
     def to_device(self, batch, whole_clips=False):
         """Batch -> the arguments of `encode`."""
@@ -206,10 +209,11 @@ class Vimpac(nn.Module):
         """
         cls, features = self.backbone(inputs, has_pad)  # (B, d), (B, T, H, W, d)
         logits = self.predict_tokens(features, hidden)  # (M, V + 5)
-        loss = F.cross_entropy(wide(logits), targets, reduction="sum")  # Eq. 1 but for the mean
+        loss = F.cross_entropy(at_least_float32(logits), targets, reduction="sum")
         if whole is not None:
             cls, _ = self.backbone(whole, has_pad)
-        return loss, (logits.argmax(dim=-1) == targets).sum(), cls.clone()  # a view keeps x
+        correct = (logits.argmax(dim=-1) == targets).sum()
+        return loss, correct, cls.clone()  # a view would keep all features in memory
 
     def predict_tokens(self, features, hidden):
         """Eq. 16, 17 at the hidden places (M,) of features (B, T, H, W, d) -> logits (M, V + 5)."""
@@ -224,7 +228,7 @@ class Vimpac(nn.Module):
             projection_head = ProjectionHead.from_released(state)
             token_head = TokenHead(backbone.config)
             token_head.load_released(state)
-            if state:
+            if state:  # what is known has been taken out
                 raise UserError(f"this model has no place for {', '.join(sorted(state))}")
         model = cls(replace(backbone.config, layers=1), 1, 1)  # small: all of it is replaced
         model.backbone = backbone
@@ -249,8 +253,8 @@ class Vimpac(nn.Module):
 # ---------------------------------------------------------------- training
 
 
-def group_terms(config, vocab_size, device, model, clips, generator):
-    """Eq. 6 and its terms for videos that are contrasted with each other -> {name: scalar}.
+def compute_losses(config, vocab_size, device, model, clips, generator):
+    """Masks, forward pass, Eq. 6, for a group of videos to contrast -> {name: scalar}.
 
     clips: int64 (n, 2, T, H, W). contrastive_loss is gamma * L_cl, as in the paper's tables.
     """
@@ -259,7 +263,7 @@ def group_terms(config, vocab_size, device, model, clips, generator):
     with autocast(device, config.precision):
         l_mask, accuracy, l_cl = model(batch, config.gamma, config.micro_batch, whole_clips)
         contrastive = config.gamma * l_cl
-        loss = config.mask_weight * l_mask + config.alpha * contrastive  # Eq. 6
+        loss = config.mask_weight * l_mask + config.alpha * contrastive  # Eq. 6: mask_weight 1
     return {"loss": loss, "mask_loss": l_mask, "mask_accuracy": accuracy,
             "contrastive_loss": contrastive}
 
@@ -279,8 +283,8 @@ def train(config, model, store, device, labelled=None, tokenizer=None):
     loader = data.load(config.pairs(store), batches, config.workers)
     log = runs.Log(config, first, epoch=len(videos) / config.batch)
     wrapped = DistributedDataParallel(model) if world > 1 else model
-    terms = partial(group_terms, config, store.header["vocab_size"], device)
-    measure = partial(monitor.measure, model, partial(terms, model), config, store, labelled)
+    losses_of = partial(compute_losses, config, store.header["vocab_size"], device)
+    measure = partial(monitor.measure, model, partial(losses_of, model), config, store, labelled)
     done, stop = first, 0
     if first == 0:
         log.write(0, **measure())
@@ -293,14 +297,14 @@ def train(config, model, store, device, labelled=None, tokenizer=None):
             losses = []
             for i, group in enumerate(clips.chunk(groups)):  # videos to contrast with each other
                 with processes.sync_gradients(wrapped, last=i + 1 == groups):
-                    losses.append(terms(wrapped, group, generator))  # the whole method
+                    losses.append(losses_of(wrapped, group, generator))
                     scaler.scale(losses[-1]["loss"] / groups).backward()
 
             lr = runs.set_learning_rate(optimizer, config, step, steps)
             scaler.unscale_(optimizer)
             norm = nn.utils.clip_grad_norm_(model.parameters(), config.grad_clip)
             scaler.step(optimizer)  # skipped if a gradient is not finite
-            scaler.update(None if config.precision == "fp16" else 1.0)
+            scaler.update(None if config.precision == "fp16" else 1.0)  # else the scale stays 1
             optimizer.zero_grad(set_to_none=True)
             done, stop = step + 1, agree(stopped)
             log.add(losses, norm)
@@ -317,7 +321,10 @@ def train(config, model, store, device, labelled=None, tokenizer=None):
 
 
 def try_out(config, model, device, videos):
-    """Forward and backward pass of a micro-batch: twice the usual hidden tokens, and PAD."""
+    """A forward and backward pass that needs as much memory as any of so many videos.
+
+    Clips of PAD alone go through the code for PAD; twice the usual number of tokens is hidden.
+    """
     shape = model.backbone.config
     size = (2, videos, shape.frames, shape.height, shape.width)
     tokens = torch.full(size, shape.vocab_size + PAD)
@@ -342,13 +349,13 @@ def main():
     runs.check_folder(config)
     store, tokenizer, labelled = prepare(config, device)
     videos, _ = data.hold_out(len(store), config.held_out)
-    n = runs.check_batch(config, len(videos), rank_and_world()[1])
+    n = runs.resolve_batch(config, len(videos), rank_and_world()[1])
     processes.seed_all(config.seed)
     shape = config.transformer(store.header["vocab_size"], store.height, store.width)
     model = Vimpac(shape, config.projection_hidden, config.projection_layers).to(device)
     if config.init:
         checkpoints.initialise(model, Vimpac.load(config.init), config.init, store.header)
-    fit(config, model, n, device, try_out)
+    fit_to_device(config, model, n, device, try_out)
     say(f"{len(videos)} videos, {describe(model.backbone, device)}")
     train(config, model, store, device, labelled, tokenizer)
     processes.leave_group()

@@ -2,12 +2,13 @@
 
 The cost of attention over all T x H x W tokens at once grows with the square of their number.
 VIMPAC's default layout "T,H|W" attends along time, then along the row and the column of the same
-frame. One CLS token joins every sequence and represents the whole clip.
+frame, in parallel. One CLS token joins every sequence and represents the whole clip.
 
     python transformer.py    the parameter counts of Tables 3, 6 and 13 beside ours
 
-Shapes: B clips, T frames, H x W tokens a frame, N = 1 + T*H*W tokens with CLS first, d hidden size,
-m MLP size, P patterns of a block, S sequences of L tokens of a pattern, a head_dim, A = heads * a.
+Shapes: B clips, T frames, H x W tokens a frame, N = 1 + T*H*W tokens with CLS first, d width,
+m MLP width, P patterns of a block, L tokens of a sequence, S the axes of a pattern's sequences (one
+or two dimensions, or none), a head_dim, A = heads * a, V codes and 5 special ids.
 """
 import math
 from dataclasses import dataclass, replace
@@ -22,7 +23,8 @@ from plumbing.checks import check_config, check_tokens
 from plumbing.tokens import PAD, SPECIAL
 from plumbing.weights import init_weights, resize_table
 
-# Commas separate blocks, bars the patterns of a block, crosses the axes of a pattern.
+# "," separates blocks, applied one after another; "|" separates patterns, applied in parallel by
+# different heads; "x" joins the axes that one pattern attends over together.
 LAYOUTS = ("T,H|W", "T|H|W", "T,H,W", "H|W,T", "T,HxW", "TxHxW")
 LN_EPS = 1e-12
 
@@ -51,7 +53,7 @@ class TransformerConfig:
 def to_sequences(x, pattern):
     """(B, T, H, W, ...) -> (B, S, L, ...), a view: the sequences along the axes of a pattern.
 
-    pattern: such as "T" or "HxW". S stands for the other axes, one dimension each.
+    pattern: such as "T" or "HxW". S: the other axes, kept as dimensions of their own.
     """
     axes, last = pattern_axes(pattern)
     return x.movedim(axes, last).flatten(last[0], 3)
@@ -64,7 +66,7 @@ def from_sequences(x, pattern, shape):
 
 
 def pattern_axes(pattern):
-    """The dimensions of (B, T, H, W) that a pattern names, and as many of the last ones."""
+    """The dimensions of (B, T, H, W) that a pattern names, and the last ones they are moved to."""
     axes = ["BTHW".index(axis) for axis in pattern.split("x")]
     return axes, list(range(4 - len(axes), 4))
 
@@ -116,7 +118,7 @@ class AttentionBlock(nn.Module):
         q, k, v = torch.cat([cls, tokens], dim=-2)  # (B, S, heads, 1 + L, a) each
         # (B, S, 1 + L): CLS is never PAD.
         ignore = None if pad is None else F.pad(to_sequences(pad, pattern), (1, 0))
-        out = kernels.attention(q, k, v, ignore, self.dropout * self.training)  # as q, k and v
+        out = kernels.attention(q, k, v, ignore, self.dropout * self.training)  # as q
         cls, tokens = kernels.split_first(out, dim=-2)
         cls = cls.reshape(cls.shape[0], -1, *cls.shape[-2:]).mean(dim=1)  # (B, heads, a): Eq. 15
         return cls, from_sequences(tokens.transpose(-2, -3), pattern, shape)
@@ -155,14 +157,14 @@ class VideoTransformer(nn.Module):
         self.time = nn.Parameter(torch.empty(config.frames, config.dim))
         self.row = nn.Parameter(torch.empty(config.height, config.dim))
         self.column = nn.Parameter(torch.empty(config.width, config.dim))
-        # After the embedding; with pre-LayerNorm at the very end.
+        # Applied after the embedding or, with pre-LayerNorm, after the last layer.
         self.norm = nn.LayerNorm(config.dim, eps=LN_EPS)
         self.layers = nn.ModuleList(Layer(config) for _ in range(config.layers))
         self.activation_checkpointing = False  # True: keep only each layer's input for backward
         self.reset_parameters()
 
     def reset_parameters(self):
-        """Weights N(0, init_std), biases 0; a position's three parts have init_std together."""
+        """Weights N(0, init_std), biases 0. The sum of the three position tables has init_std."""
         std = self.config.init_std
         init_weights(self, std)
         for table in (self.cls, self.cls_position):
@@ -187,8 +189,8 @@ class VideoTransformer(nn.Module):
     def forward(self, tokens, has_pad=None):
         """tokens: int64 (B, T, H, W), ids below V + 5 -> CLS (B, d), features (B, T, H, W, d).
 
-        has_pad: whether any token is PAD. None: forward looks, which waits for a GPU; traced by
-        torch.compile or torch.export it does not look, and masks PAD in any clips.
+        has_pad: whether any token is PAD. If None, it is computed from `tokens`, which synchronises
+        with a GPU; under torch.compile and torch.export it is taken to be True.
         """
         shape = (self.config.frames, self.config.height, self.config.width)
         tracing = torch.compiler.is_compiling()
@@ -223,9 +225,9 @@ class VideoTransformer(nn.Module):
 
     @classmethod
     def from_released(cls, state, **changes):
-        """Takes `backbone.*` out of a released `state`. changes: as in `load_backbone`.
+        """Pops the `backbone.*` tensors of a released `state`. changes: as in `load_backbone`.
 
-        Raises KeyError for a key that is missing, UserError for one that is left over.
+        Raises KeyError for a tensor that is missing, UserError for one of `backbone.*` left over.
         """
         sizes, weights = released.take_backbone(state, LAYOUTS)
         model = cls(TransformerConfig(**{**sizes, **changes}))
@@ -248,7 +250,8 @@ class TokenHead(nn.Module):
         return kernels.aligned_linear(self.norm(F.gelu(self.dense(features))), embedding, self.bias)
 
     def load_released(self, state):
-        """Takes `mlm_head.*` out of a released `state`. Raises KeyError for a missing key."""
+        """Pops the `mlm_head.*` tensors of a released `state`. Raises KeyError for a missing one.
+        """
         self.load_state_dict(released.take_token_head(state))
 
 
@@ -258,7 +261,7 @@ def load_backbone(path, **changes):
     path: a checkpoint, ours or a released one, or the state dict of a backbone or of a whole model,
     saved with or without DistributedDataParallel and torch.compile.
     changes: fields of the TransformerConfig to override, such as dropout. The shapes in a state
-    dict do not tell heads, layout and pre_norm: give those that are not the paper's.
+    dict do not determine heads, layout and pre_norm: pass those that differ from the paper's.
     Raises UserError, naming the file and a tensor, if the weights do not fit.
     """
     sizes, weights = read_backbone(path, LAYOUTS, changes)

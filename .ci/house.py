@@ -6,7 +6,7 @@ import tokenize
 from pathlib import Path
 
 MOST_IN_FILE, MOST_IN_FUNCTION, MOST_IN_LINE = 350, 50, 100
-LONGER_FILES = {"pretrain.py": 360}  # the commit message says why a limit is raised
+LONGER_FILES = {"pretrain.py": 380}  # the commit message says why a limit is raised
 SCRIPTS = {"pretrain", "finetune"}  # imported by nobody
 GROUND = {"masking", "contrastive", "transformer", "dalle", "data"}  # import only plumbing
 

@@ -130,7 +130,7 @@ def pretrained(changes, seed, recipe, out, device):
     """
     config = pretraining_config(changes, seed, recipe, out, device)
     store = data.TokenStore(HOME / "tokens/pretrain")
-    runs.check_batch(config, len(data.hold_out(len(store), config.held_out)[0]), 1)
+    runs.resolve_batch(config, len(data.hold_out(len(store), config.held_out)[0]), 1)
     shutil.rmtree(out, ignore_errors=True)  # of an experiment that was stopped
     seed_all(seed)
     shape = config.transformer(store.header["vocab_size"], store.height, store.width)

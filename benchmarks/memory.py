@@ -35,7 +35,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from throughput import MALLOC, peak_memory, settings
 
 import pretrain
-from contrastive import wide
+from contrastive import at_least_float32
 from plumbing import kernels
 from plumbing.cli import progress
 
@@ -72,7 +72,7 @@ def encode(model, videos, hidden):
             x = layer(x, None, grid)
     cls, features = kernels.split_first(x, dim=1)
     logits = model.predict_tokens(features.unflatten(1, grid), hidden)
-    return F.cross_entropy(wide(logits), hidden, reduction="sum") + cls.sum()
+    return F.cross_entropy(at_least_float32(logits), hidden, reduction="sum") + cls.sum()
 
 
 TWO_PRODUCTS = kernels.attention

@@ -198,7 +198,8 @@ def train_step(config, model, optimizer, scaler, clips, vocab_size, device, step
     losses = []
     for i, group in enumerate(clips.chunk(groups)):
         with processes.sync_gradients(model, last=i + 1 == groups):
-            losses.append(pretrain.group_terms(config, vocab_size, device, model, group, generator))
+            losses.append(
+                pretrain.compute_losses(config, vocab_size, device, model, group, generator))
             scaler.scale(losses[-1]["loss"] / groups).backward()
     runs.set_learning_rate(optimizer, config, step, steps=10**9)
     scaler.unscale_(optimizer)
@@ -218,7 +219,7 @@ def measure(row, steps):
         row["preset"], row["clip"], row["vocab_size"], layout=row["layout"], lr=1e-4, warmup=0.0,
         batch=videos, contrast=row["contrast"] or videos, micro_batch=row["micro_batch"] or videos,
         precision=processes.pick_precision(row["precision"], device))
-    runs.check_batch(config, videos, world)
+    runs.resolve_batch(config, videos, world)
     processes.seed_all(0)
     model = pretrain.Vimpac(shape, config.projection_hidden, config.projection_layers).to(device)
     model.backbone.activation_checkpointing = row["activation_checkpointing"]

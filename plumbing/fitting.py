@@ -11,8 +11,8 @@ from plumbing.processes import device_name, from_all, say
 ON_A_CPU = 4  # more videos at a time gain a CPU nothing
 
 
-def fit(config, model, most, device, try_out):
-    """Prepares a model for training: activation checkpointing, config.micro_batch, compilation.
+def fit_to_device(config, model, most, device, try_out):
+    """Fits a model to the device: activation checkpointing, config.micro_batch, compilation.
 
     most: videos that a process could pass at once. try_out: (config, model, device, videos), runs
     the forward and backward pass of a micro-batch.

@@ -97,7 +97,7 @@ def schedule(config, videos, epochs, stop_after=0.0):
     return steps, min(steps, end)
 
 
-def check_batch(config, videos, world):
+def resolve_batch(config, videos, world):
     """Sets config.batch and config.contrast to at most `videos` -> a group's videos on one process.
 
     Raises UserError unless a batch is whole groups, and a group the same on each process.

@@ -19,7 +19,9 @@ import torch
 ROOT = Path(__file__).parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "benchmarks")]
 torch.set_num_threads(1)  # tiny tensors: several threads only wait for each other
-if "NATIVE_BF16" in os.environ:  # what --precision auto is to take a CPU for
+if "NATIVE_BF16" in os.environ:  # 0 or 1: what --precision auto is to take this CPU for
+    path = str(ROOT / "tests" / "native_bf16")  # its sitecustomize.py, for the scripts, too
+    os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, (path, os.environ.get("PYTHONPATH"))))
     torch.cpu._is_avx512_bf16_supported = lambda: os.environ["NATIVE_BF16"] == "1"
 os.environ["OMP_NUM_THREADS"] = "1"  # likewise in the scripts that tests start
 

@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from plumbing.cli import UserError
-from plumbing.fitting import fit, largest_micro_batch
+from plumbing.fitting import fit_to_device, largest_micro_batch
 
 CPU, GPU = torch.device("cpu"), SimpleNamespace(type="cuda")
 
@@ -77,7 +77,7 @@ def test_a_cpu_takes_a_few_videos_at_a_time_without_trying(most, expected):
 def test_layers_are_compiled_on_gpus_unless_a_flag_says_otherwise(compile, device, compiled):
     backbone = Mock()
     config = SimpleNamespace(micro_batch=3, compile=compile, activation_checkpointing=True)
-    fit(config, SimpleNamespace(backbone=backbone), 8, device, None)
+    fit_to_device(config, SimpleNamespace(backbone=backbone), 8, device, None)
     assert backbone.compile_layers.called == config.compile == compiled
     assert backbone.activation_checkpointing is True
 
@@ -85,7 +85,7 @@ def test_layers_are_compiled_on_gpus_unless_a_flag_says_otherwise(compile, devic
 @pytest.mark.parametrize("flag, most, expected", [(3, 8, 3), (0, 8, 4), (32, 8, 8)])
 def test_a_micro_batch_is_that_of_the_flag_and_at_most_all_videos(flag, most, expected):
     config = SimpleNamespace(micro_batch=flag, compile=False, activation_checkpointing=False)
-    fit(config, Mock(), most, CPU, Mock())
+    fit_to_device(config, Mock(), most, CPU, Mock())
     assert config.micro_batch == expected
 
 
@@ -94,6 +94,6 @@ def test_a_micro_batch_is_tried_out_by_the_script(reserved):
     config = SimpleNamespace(micro_batch=0, compile=False, activation_checkpointing=False)
     model, calls = torch.nn.Linear(2, 2), []
     model.backbone = SimpleNamespace()
-    fit(config, model, 2, GPU, lambda *args: calls.append(args))
+    fit_to_device(config, model, 2, GPU, lambda *args: calls.append(args))
     assert calls == [(config, model, GPU, videos) for videos in (1, 2)]
     assert config.micro_batch == 2

@@ -40,7 +40,7 @@ def test_held_out_videos_are_measured_without_dropout_and_the_same_way_each_time
     def terms(clips, generator):
         assert not model.training
         cpu = torch.device("cpu")
-        values.append(pretrain.group_terms(config, 16, cpu, model, clips, generator))
+        values.append(pretrain.compute_losses(config, 16, cpu, model, clips, generator))
         return values[-1]
 
     first, second = (monitor.measure(model, terms, config, store) for _ in range(2))
@@ -84,6 +84,13 @@ def store_of_12_views(path, labels):
 def backbone(**changes):
     sizes = {"vocab_size": 64, **changes}
     return VideoTransformer(TransformerConfig(1, 16, 2, 8, 32, 3, 2, 2, **sizes)).train()
+
+
+def test_knn_compares_in_float32_under_autocast():
+    features = torch.nn.functional.normalize(torch.randn(50, 8), dim=1)
+    labels = torch.arange(50)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert monitor.knn_accuracy(features, labels, features, labels, 3) == 1
 
 
 def test_knn_takes_the_middle_of_the_centre_view_at_the_models_frame_rate(tmp_path, monkeypatch):

@@ -67,8 +67,8 @@ def generator(seed=1):
     return torch.Generator().manual_seed(seed)
 
 
-def group_terms(model, clips, config, seed=1):
-    return pretrain.group_terms(config, V, CPU, model, clips, generator(seed))
+def compute_losses(model, clips, config, seed=1):
+    return pretrain.compute_losses(config, V, CPU, model, clips, generator(seed))
 
 
 # ---------------------------------------------------------------- a run
@@ -234,7 +234,7 @@ def test_training_never_draws_a_held_out_video(workplace, monkeypatch):
     """Everything that is measured or drawn is held out."""
     videos, now = {"training": set(), "measuring": set(), "filling in": set()}, ["training"]
     getitem, evaluate, fill_in = data.ClipPairs.__getitem__, monitor.evaluate, monitor.fill_in
-    terms = pretrain.group_terms
+    terms = pretrain.compute_losses
 
     def watched_getitem(pairs, item):
         videos[now[-1]].add(item[0])
@@ -257,7 +257,7 @@ def test_training_never_draws_a_held_out_video(workplace, monkeypatch):
     monkeypatch.setattr(data.ClipPairs, "__getitem__", watched_getitem)
     monkeypatch.setattr(monitor, "evaluate", watched_evaluate)
     monkeypatch.setattr(monitor, "fill_in", watched_fill_in)
-    monkeypatch.setattr(pretrain, "group_terms", watched_terms)
+    monkeypatch.setattr(pretrain, "compute_losses", watched_terms)
     done = call(pretrain, *flags(TINY), "--steps", 12, "--out", "runs/held-out", place=workplace)
     assert done.returncode == 0, done.stderr
     assert len(videos["measuring"]) == 2 and videos["measuring"] == videos["filling in"]
@@ -372,7 +372,7 @@ def test_both_losses_fall():
     clips = torch.arange(8)[:, None, None, None, None].expand(8, 2, 5, 4, 4).contiguous()
     terms = []
     for step in range(120):
-        terms.append(group_terms(model, clips, config, seed=step))
+        terms.append(compute_losses(model, clips, config, seed=step))
         terms[-1]["loss"].backward()
         optimizer.step()
         optimizer.zero_grad()
@@ -398,7 +398,7 @@ def test_the_loss_is_equation_6(mask_weight, contrast_on):
     model = larger_weights(Vimpac(config.transformer(V, 4, 4), 16, 2))
     clips = torch.randint(V, (3, 2, 5, 4, 4))
     clips[0, 0, -1] = PAD
-    terms = group_terms(model, clips, config)
+    terms = compute_losses(model, clips, config)
     terms["loss"].backward()
     gradients = {name: p.grad.clone() for name, p in model.named_parameters()}
     model.zero_grad()
@@ -594,7 +594,7 @@ def test_the_recomputation_of_a_micro_batch_repeats_its_dropout():
     model, features = Vimpac(config.transformer(V, 4, 4), 16, 2).train(), []
     model.backbone.register_forward_hook(
         lambda module, inputs, outputs: features.append(outputs[0].detach()))
-    group_terms(model, torch.randint(V, (4, 2, 5, 4, 4)), config)["loss"].backward()
+    compute_losses(model, torch.randint(V, (4, 2, 5, 4, 4)), config)["loss"].backward()
     assert len(features) == 4 and not torch.equal(features[0], features[1])
     assert torch.equal(features[0], features[3]) and torch.equal(features[1], features[2])
 
@@ -612,7 +612,7 @@ def step_waits_for_nothing(device, precision, config, shape, videos):
         if device.type == "cuda":
             waits = "error" if step and precision == "bf16" else "default"
             torch.cuda.set_sync_debug_mode(waits)
-        terms = pretrain.group_terms(config, shape.vocab_size, device, model, clips, generator())
+        terms = pretrain.compute_losses(config, shape.vocab_size, device, model, clips, generator())
         scaler.scale(terms["loss"]).backward()
         scaler.unscale_(optimizer)
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)

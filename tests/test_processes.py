@@ -82,7 +82,7 @@ def exchange(inputs, pull, folder):
 
     config = SimpleNamespace(micro_batch=0, compile=False, activation_checkpointing=False)
     with patch.object(fitting, "largest_micro_batch", lambda *_: 8 >> rank):
-        fitting.fit(config, SimpleNamespace(backbone=Mock()), 16, CPU, Mock())
+        fitting.fit_to_device(config, SimpleNamespace(backbone=Mock()), 16, CPU, Mock())
     results["micro-batch"] = config.micro_batch
     return results
 

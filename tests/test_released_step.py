@@ -38,7 +38,7 @@ def step(tmp_path, monkeypatch):
         config = Config(mask="recorded", alpha=1.0, gamma=0.2, precision="fp32", dropout=0.0,
                         micro_batch=micro_batch)
         clips = torch.from_numpy(EXPECTED_STEP["clips"].astype(np.int64))
-        terms = pretrain.group_terms(config, 8192, torch.device("cpu"), model, clips, None)
+        terms = pretrain.compute_losses(config, 8192, torch.device("cpu"), model, clips, None)
         terms["loss"].backward()
         return {name: terms[name].item() for name in LOSSES}, released_gradients(model)
 

@@ -165,7 +165,7 @@ def test_steps_override_epochs_and_a_run_can_stop_within_its_schedule(tmp_path, 
 def test_a_batch_is_whole_groups_and_at_most_all_videos(batch, contrast, videos, world, expected,
                                                         capsys):
     config = SimpleNamespace(batch=batch, contrast=contrast, alpha=1.0)
-    assert runs.check_batch(config, videos, world) == expected[1] // world
+    assert runs.resolve_batch(config, videos, world) == expected[1] // world
     assert (config.batch, config.contrast) == expected
     changed = expected != (batch, contrast or batch)
     assert (f"--batch {expected[0]} --contrast {expected[1]}" in capsys.readouterr().out) == changed
@@ -176,12 +176,12 @@ def test_a_batch_is_whole_groups_and_at_most_all_videos(batch, contrast, videos,
 def test_other_batches_are_refused(batch, contrast, videos, world):
     config = SimpleNamespace(batch=batch, contrast=contrast, alpha=1.0)
     with pytest.raises(UserError, match=f"--contrast {config.contrast or '1'}"):
-        runs.check_batch(config, videos, world)
+        runs.resolve_batch(config, videos, world)
 
 
 def test_a_video_needs_no_others_without_the_contrastive_loss():
     config = SimpleNamespace(batch=1, contrast=1, alpha=0.0)
-    assert runs.check_batch(config, 99, 1) == 1
+    assert runs.resolve_batch(config, 99, 1) == 1
 
 
 # ---------------------------------------------------------------- checkpoints
