@@ -1,14 +1,19 @@
-"""Script 2: pre-trained model + labels -> accuracy.
+"""Fine-tunes a pre-trained model on labelled videos, and tests it.
 
     python finetune.py                                     the toy model just made, on motion
     python finetune.py --labels appearance                 the toy's other task
     python finetune.py --from-scratch                      the same sizes, random weights
+    python finetune.py --freeze-backbone                   a linear probe of the frozen features
+    python finetune.py --videos DIR --checkpoint runs/mine/last.pt      labelled videos
     python finetune.py --checkpoint classifier.pt --dataset ucf101 --split 1 --data tokens/ucf101
     python finetune.py --checkpoint classifier.pt --dataset ucf101-results --data tokens/ucf101-256
-    python finetune.py --predict VIDEO ... --checkpoint runs/finetune-motion/last.pt
+    python finetune.py --predict DIR --csv classes.csv --checkpoint runs/finetune-motion/last.pt
 
---data is a folder of token stores, made by vqvae.py tokenize: train, test and, to make choices,
-val; of UCF101 and HMDB51 train1 and test1 to train3 and test3.
+--videos is a folder with a folder for each class, or with train/ and test/ of such folders, or with
+train.txt and test.txt of lines `relative/path.mp4 label`; val is optional. Without a test split, a
+fifth of each class is set apart.
+--data is a folder of token stores, made by vqvae.py tokenize: train, test and, to choose the best
+checkpoint, val; of UCF101 and HMDB51 train1 and test1 to train3 and test3.
 
 Shapes: n videos of a batch on this process, T frames, H x W tokens a frame, d hidden size,
 C classes.
@@ -27,16 +32,17 @@ import predict
 from plumbing import checkpoints, datasets, processes, runs
 from plumbing.cli import UserError, option, parse, progress, run
 from plumbing.fitting import describe, fit_to_device
-from plumbing.pictures import draw_confusion, draw_curves
 from plumbing.processes import agree, autocast, move, rank_and_world, say
+from plumbing.results import report
 from plumbing.tokens import PAD
-from prepare import open_stores, pick_labels
+from prepare import open_stores, pick_labels, tokenise_labelled
+from probe import probe_videos
 from transformer import VideoTransformer, load_backbone
 
-PAPER = dict(data="", lr=None, batch=128, warmup=0.1, weight_decay=0.01, labels="label", workers=4)
+PAPER = dict(data="", batch=128, labels="label", workers=4)
 PRESETS = {
     "toy": {},  # the defaults below
-    "own": dict(PAPER, epochs=50.0, fps=2.0, scratch_epochs=4.0)}  # as for small datasets
+    "own": dict(data="", labels="label", epochs=50.0, workers=4)}  # small batches: few videos
 TUNED = {name: entry for name, entry in datasets.DATASETS.items() if entry.epochs}
 PRESETS |= {name: dict(PAPER, epochs=entry.epochs, scratch_epochs=entry.scratch_epochs, clips=2,
                        fps=entry.analysis_fps, split=int("train1" in entry.splits))
@@ -52,6 +58,8 @@ class Config(runs.RunSettings):
                           list(PRESETS), group="model and labels")
     checkpoint: str = option("", "pre-trained or fine-tuned model, ours or a released one")
     from_scratch: bool = option(False, "random weights, with the sizes of the checkpoint")
+    freeze_backbone: bool = option(False, "linear probe: train a classifier of frozen features")
+    videos: str = option("", "folder of labelled videos (default: the toy world)")
     data: str = option("datasets/toy/tokens", "folder of the token stores")
     split: int = option(0, "1, 2 or 3 of UCF101 and HMDB51 (0: train and test)", least=0, most=3)
     labels: str = option("motion", "label set (the toy has motion, appearance and direction)")
@@ -59,34 +67,43 @@ class Config(runs.RunSettings):
     out: str = option("", "folder of the run (default: runs/finetune-LABELS or -DATASET)")
     eval_only: bool = option(False, "test the checkpoint's own classifier, without training")
     eval_split: str = option("test", "store to measure on: val to choose, test to report")
-    predict: tuple = option((), "classify these videos with a fine-tuned checkpoint")
-    tokenizer: str = option("", "tokenizer of --predict (default: the checkpoint's)")
+    predict: tuple = option((), "classify these videos or folders with a fine-tuned checkpoint")
+    csv: str = option("", "write the classes of --predict to this file")
+    draw: bool = option(False, "draw a picture of each video of --predict")
+    tokenizer: str = option("", "tokenizer of --videos and --predict (default: the checkpoint's)")
     frames: int = option(0, "frames of a clip, T (0: those of the checkpoint)", least=0, most=1000,
                          group="clips")
-    fps: float = option(2.67, "frames a second of a clip", above=0, most=1000)
+    fps: float = option(0.0, "frames a second of a clip (0: as in pre-training)", least=0,
+                        most=1000)
     clips: int = option(10, "evenly spaced clips a video at test", least=1, most=1000)
     epochs: float = option(24.0, "passes over the training videos", least=0, group="training")
     scratch_epochs: float = option(4.0, "--from-scratch trains so many times longer", above=0)
     batch: int = option(16, "videos a step, over all processes", least=1)
-    lr: float | None = option(None, "peak learning rate (default: the preset's)", above=0)
+    lr: float | None = option(None, "peak learning rate (default: by the model's width)", above=0)
     weight_decay: float = option(0.01, "weight decay", least=0)
     workers: int = option(0, "processes that load clips", least=0, most=512)
     log_every: int = option(25, "steps between two lines of metrics", least=1)
+    val_every: int = option(100, "steps between two measurements on val, if it exists", least=1)
 
     def __post_init__(self):
         if self.from_scratch and self.eval_only:
             raise UserError("--from-scratch --eval-only: there is nothing to test without training")
-        if self.lr is None and self.dataset == "toy":
-            self.lr = 1e-3  # the best on its validation split
-        self.data = self.data or f"tokens/{self.dataset}"
+        if self.videos and self.dataset != "own":
+            raise UserError(f"--videos is for --dataset own, not {self.dataset}")
+        if self.freeze_backbone and self.eval_only:
+            raise UserError("give --freeze-backbone or --eval-only, not both")
         name = self.labels
         if self.dataset != "toy":
             name = f"{self.dataset}-split{self.split}" if self.split else self.dataset
-        usual = f"runs/finetune-{name}{'-scratch' if self.from_scratch else ''}"
+        kind = "probe" if self.freeze_backbone else "finetune"
+        usual = f"runs/{kind}-{name}{'-scratch' if self.from_scratch else ''}"
         if not self.checkpoint:
-            self.checkpoint = f"{usual}/last.pt" if self.predict else "runs/toy/last.pt"
+            best = "best" if Path(usual, "best.pt").is_file() else "last"
+            self.checkpoint = f"{usual}/{best}.pt" if self.predict else "runs/toy/last.pt"
         if not self.out:
             self.out = str(Path(self.checkpoint).parent) if self.predict else usual
+        beside = str(Path(self.checkpoint).parent / "tokens")
+        self.data = self.data or (beside if self.videos else f"tokens/{self.dataset}")
 
 
 # ---------------------------------------------------------------- the model
@@ -118,12 +135,17 @@ def load_classifier(path):
                     f"--predict")
 
 
-def build(config, stores, classes):
-    """The classifier for stores of tokens, {split: TokenStore}, from config.checkpoint."""
+def build(config, backbone, stores, classes):
+    """The classifier for stores of tokens, {split: TokenStore}. Sets what config leaves open.
+
+    backbone: that of config.checkpoint, which is resized to the clips of config.
+    """
     processes.seed_all(config.seed)
-    store = stores[config.eval_split]
-    backbone = load_backbone(config.checkpoint, dropout=config.dropout)
-    before = backbone.config
+    store, before = stores[config.eval_split], backbone.config
+    config.fps = config.fps or predict.clip_fps(config.checkpoint)
+    if config.lr is None:  # Table 4; of narrow models the best on the toy's validation split
+        narrow = before.dim < 512 and config.dataset in ("toy", "own")
+        config.lr = 5e-5 if before.dim >= 1024 else 1e-3 if narrow else 1e-4
     after = backbone.resize(config.frames or before.frames, store.height, store.width).config
     if before != after:
         say(f"interpolated the positions from {before.frames} x {before.height} x {before.width} "
@@ -146,8 +168,11 @@ def build(config, stores, classes):
 # ---------------------------------------------------------------- training
 
 
-def train(config, model, store, labels, device, origin):
-    """Fine-tunes `model` on a label set of a TokenStore. origin: see `predict.origin`."""
+def train(config, model, store, labels, device, origin, val=None):
+    """Fine-tunes `model` on a label set of a TokenStore. origin: see `predict.origin`.
+
+    val: a TokenStore to choose the best checkpoint by, best.pt, whose weights `model` ends with.
+    """
     (rank, world), shape = rank_and_world(), model.backbone.config
     videos = data.few_labels(store.labels(labels), config.num_labels, config.seed)
     epochs = config.epochs * (config.scratch_epochs if config.from_scratch else 1)
@@ -156,9 +181,11 @@ def train(config, model, store, labels, device, origin):
     first = runs.begin(config, model, optimizer, scaler, store.header, steps)
     stride = data.stride_for(store, config.fps)
     samples = data.RandomClips(store, labels, shape.frames, stride, config.seed)
+    best = max((record.get("val_accuracy", 0.0) for record in runs.read_metrics(config.out)
+                if record["step"] <= first), default=0.0)
     batches = data.Batches(videos, config.batch, end, first, config.seed, rank, world)
     loader = data.load(samples, batches, config.workers)
-    log = runs.Log(config, first, epoch=len(videos) / config.batch)
+    log = runs.Log(config, first, len(videos) / config.batch, "finetune")
     wrapped = DistributedDataParallel(model) if world > 1 else model
     model.train()
     done, stop = first, 0
@@ -190,11 +217,22 @@ def train(config, model, store, labels, device, origin):
             log.add([terms], norm)
             if done == end or done % config.log_every == 0:
                 bar.set_postfix_str(log.write_means(done, lr), refresh=False)
+            if val and (done == end or (done % config.val_every == 0 and not stop)):
+                accuracy = validate(model, val, labels, config, device)
+                log.write(done, val_accuracy=accuracy)
+                if accuracy >= best:
+                    best = accuracy
+                    runs.save(config, model, optimizer, scaler, done, steps, origin, "best.pt")
             if log.may_save(done, end, stop):
                 runs.save(config, model, optimizer, scaler, done, steps, origin)
             if stop:
                 break
     log.close(done, end, steps, stop)
+    if val:
+        path = Path(config.out) / "best.pt"
+        checkpoint = checkpoints.read_checkpoint(path)
+        checkpoints.load_weights(model, checkpoint["model"], path)
+        say(f"testing {path}, the best on val ({best:.1%}), of step {checkpoint['step']}")
 
 
 def resolve_batch(config, videos, world):
@@ -222,19 +260,20 @@ def try_out(config, model, device, videos):
 
 
 @torch.no_grad()
-def evaluate(model, store, config, device):
+def evaluate(model, store, config, device, count=None, show=True):
     """Softmax probabilities, the mean over clips and views -> float32 (videos, C) on every process.
 
     Each process tests every world-th video, so that each video counts exactly once.
+    count: clips of each view (default: config.clips).
     """
     rank, world = rank_and_world()
     model.eval()
-    stride = data.stride_for(store, config.fps)
-    clips = data.EvenClips(store, model.backbone.config.frames, stride, config.clips)
-    at_once = max(1, 64 // (store.views * config.clips))  # videos
+    stride, count = data.stride_for(store, config.fps), count or config.clips
+    clips = data.EvenClips(store, model.backbone.config.frames, stride, count)
+    at_once = max(1, 64 // (store.views * count))  # videos
     batches = torch.arange(rank, len(store), world).split(at_once)
     loader = data.load(clips, [numbers.tolist() for numbers in batches], config.workers)
-    bar = progress(loader, "testing", len(batches), " batches", show=rank == 0)
+    bar = progress(loader, "testing", len(batches), " batches", show=show and rank == 0)
     p = torch.zeros(len(store), model.classifier.out_features, device=device)
     for numbers, batch in zip(batches, bar):
         parts = batch.flatten(0, 1).split(4 * config.micro_batch or 64)
@@ -245,23 +284,13 @@ def evaluate(model, store, config, device):
     return processes.sum_over_all(p)
 
 
-def report(config, store, p, labels, names):
-    """The pictures and the last lines of a run. p: probabilities (videos, C)."""
-    truth = torch.tensor(store.labels(labels), dtype=torch.long)
-    best = p.topk(min(5, len(names)), dim=1).indices  # (videos, 5)
-    correct = best == truth[:, None]
-    out = Path(config.out)
-    out.mkdir(parents=True, exist_ok=True)
-    draw_confusion(truth.numpy(), best[:, 0].numpy(), names, out / "confusion.png")
-    files = "confusion.png"
-    if not config.eval_only:
-        draw_curves(out, {"loss": {"loss": "loss"},
-                          "training accuracy": {"accuracy": "train_accuracy"}})
-        files = f"last.pt, metrics.jsonl, curves.png, {files}"
-    print(f"{out}: {files}")
-    top_1, top_5 = correct[:, 0].float().mean(), correct.any(dim=1).float().mean()
-    print(f"top-1 {100 * top_1:.1f}%  top-5 {100 * top_5:.1f}%  "
-          f"({len(store)} videos x {config.clips * store.views} views)")
+def validate(model, store, labels, config, device):
+    """Top-1 accuracy of the middle clip of each video, in the middle of training -> float."""
+    with torch.compiler.set_stance("force_eager"):  # other shapes: not worth a compilation
+        p = evaluate(model, store, config, device, count=1, show=False)
+    model.train()
+    truth = torch.as_tensor(store.labels(labels), dtype=torch.long, device=device)
+    return (p.argmax(dim=1) == truth).float().mean().item()
 
 
 # ---------------------------------------------------------------- the command
@@ -275,30 +304,40 @@ def predict_videos(config, device):
 
 
 def main():
-    config = parse(Config, sys.argv[1:], __doc__, PRESETS, chosen_by="dataset")
+    argv = sys.argv[1:]
+    usual = "own" if any(word.split("=")[0] == "--videos" for word in argv) else "toy"
+    config = parse(Config, argv, __doc__, PRESETS, chosen_by="dataset", usual=usual)
     processes.launch(config.gpus)
     device = processes.pick_device(config.device)
+    config.device = device.type
     config.precision = processes.pick_precision(config.precision, device)
     if config.predict:
         return predict_videos(config, device)
     if not config.eval_only:
         runs.check_folder(config)
-    stores = open_stores(config)
+    backbone = load_backbone(config.checkpoint, dropout=config.dropout)
+    if config.videos:
+        tokenise_labelled(config, backbone, device)
+    stores, val = open_stores(config)
     labels, names = pick_labels(stores, config.labels)
-    model = build(config, stores, len(names)).to(device)
-    if config.lr is None:
-        config.lr = 5e-5 if model.backbone.config.dim >= 1024 else 1e-4  # Table 4
-    store = stores[config.eval_split]
+    model = build(config, backbone, stores, len(names)).to(device)
+    store, more = stores[config.eval_split], {}
     if not config.eval_only:
         videos = len(data.few_labels(stores["train"].labels(labels), config.num_labels))
-        fit_to_device(config, model, resolve_batch(config, videos, rank_and_world()[1]), device, try_out)
         say(f"{videos} videos, {describe(model.backbone, device)}")
-        learnt = checkpoints.read_checkpoint(config.checkpoint).get("tokens", {})
-        origin = predict.origin(store, learnt.get("tokenizer"), labels=labels, classes=names)
-        train(config, model, stores["train"], labels, device, origin)
-    p = evaluate(model, store, config, device).cpu()  # (videos, C)
+        more["training_videos"] = videos
+    if config.freeze_backbone:
+        p = probe_videos(config, model.backbone, stores, labels, len(names))  # (videos, C)
+    else:
+        if not config.eval_only:
+            n = resolve_batch(config, videos, rank_and_world()[1])
+            fit_to_device(config, model, n, device, try_out)
+            learnt = checkpoints.read_checkpoint(config.checkpoint).get("tokens", {})
+            origin = predict.origin(store, learnt.get("tokenizer"), labels=labels, classes=names)
+            train(config, model, stores["train"], labels, device, origin, val)
+        p = evaluate(model, store, config, device).cpu()  # (videos, C)
     processes.leave_group()
-    report(config, store, p, labels, names)
+    report(config, store, p, labels, names, more)
 
 
 if __name__ == "__main__":

@@ -4,8 +4,10 @@ These functions expect the model in evaluation mode, or put it there.
 
 Shapes: n videos, T frames of a clip, H x W tokens a frame, S frame side in pixels, d hidden size.
 """
+import math
 from pathlib import Path
 
+import imageio.v2 as imageio
 import numpy as np
 import torch
 import torch.nn.functional as F
@@ -129,14 +131,18 @@ def report(config, model, store, tokenizer=None):
     records = read_metrics(config.out)
     knn = sorted({name for record in records for name in record if name.startswith("knn_")})
     curves = {"kNN accuracy": {name.removeprefix("knn_"): name for name in knn}}
+    held_out = len(data.hold_out(len(store), config.held_out)[1])
     if config.alpha:
-        curves = {"contrastive loss": {"training": "contrastive_loss",
-                                       "held out": "held_out_contrastive_loss"}} | curves
+        n = min(config.contrast, held_out)  # of the held-out videos' Eq. 4
+        curves = {"contrastive loss": {
+            "training": "contrastive_loss",
+            "held out" + f", n = {n}" * (n < config.contrast): "held_out_contrastive_loss",
+            f"chance, n = {config.contrast}":
+                2 * config.gamma * math.log(2 * config.contrast - 1)}} | curves
     if config.mask_weight:
         curves = {"masked-token accuracy": {"training": "mask_accuracy",
                                             "held out": "held_out_mask_accuracy"}} | curves
     draw_curves(config.out, curves)
-    held_out = len(data.hold_out(len(store), config.held_out)[1])
     prefix = "held_out_" if any("held_out_loss" in record for record in records) else ""
     last = next(record for record in reversed(records) if f"{prefix}loss" in record)
     text = ""
@@ -164,8 +170,11 @@ def draw_fill_in(config, model, store, tokenizer):
         return False
     names = [Path(store.name(video)).name for video in videos]
     held_out = len(data.hold_out(len(store), config.held_out)[1]) > 0
-    save_fill_in(pictures, names, Path(config.out) / "fill_in",
-                 " (held-out videos)" if held_out else "")
+    path = Path(config.out) / "fill_in"
+    save_fill_in(pictures, names, path, " (held-out videos)" if held_out else "")
+    from torch.utils.tensorboard import SummaryWriter  # slow to import
+    with SummaryWriter(config.out) as board:
+        board.add_image("fill_in", imageio.imread(f"{path}.png"), dataformats="HWC")
     return True
 
 
@@ -205,8 +214,7 @@ def fill_in_clip(model, tokenizer, clip, original, config, generator):
     device, vocab_size = model.backbone.cls.device, model.backbone.config.vocab_size
     tokens = clip[None]  # (1, T, H, W)
     pad = tokens == vocab_size + PAD
-    draw = masking.KINDS[config.mask]
-    mask = draw(1, clip.shape, config.mask_ratio, config.blocks, generator)
+    mask = moving_mask(tokens, config, generator)
     inputs = masking.hide(tokens, mask, vocab_size, config.noise, generator)
     mask = masking.union(mask) & ~pad
     hidden = mask.flatten().nonzero().squeeze(1)  # (M,)
@@ -220,6 +228,19 @@ def fill_in_clip(model, tokenizer, clip, original, config, generator):
     rows = np.stack([original, decoded, masked, restored])  # (4, T, S, S, 3)
     rows[:, enlarged(pad[0].numpy(), rows.shape[2])] = 255
     return rows
+
+
+def moving_mask(tokens, config, generator, draws=32):
+    """Of several masks for a clip (1, T, H, W), the one that hides most of what changes.
+
+    Plain background, which is easily filled in, says little about a model.
+    """
+    draw = masking.KINDS[config.mask]
+    masks = [draw(1, tokens.shape[1:], config.mask_ratio, config.blocks, generator)
+             for _ in range(draws)]
+    changes = torch.zeros(tokens.shape, dtype=torch.bool)
+    changes[:, 1:] = tokens[:, 1:] != tokens[:, :-1]
+    return max(masks, key=lambda mask: (masking.union(mask) & changes).sum().item())
 
 
 def fill_in(model, tokenizer, store, videos, config, generator):

@@ -1,14 +1,17 @@
-"""What a trained model makes of any video file: what it fills in (Fig. 5), and its classes.
+"""What a trained model makes of video files: what it fills in (Fig. 5), features, classes.
 
     python pretrain.py --fill-in VIDEO ... --checkpoint RUN/last.pt
+    python pretrain.py --features OUT.npz --videos DIR --checkpoint RUN/last.pt
     python finetune.py --predict VIDEO ... --checkpoint RUN/last.pt
 
-A video is tokenised like the videos that the model was trained on; the checkpoint says how.
+In place of a VIDEO, a folder stands for all videos below it. A video is tokenised like the videos
+that the model was trained on; the checkpoint says how.
 
 Shapes: F frames of a video, S frame side in pixels, T frames of a clip, H x W tokens a frame,
 V views, C classes.
 """
 import os
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -17,16 +20,20 @@ import torch
 import data
 import monitor
 from plumbing.checkpoints import read_checkpoint
-from plumbing.cli import UserError
+from plumbing.cli import UserError, progress
 from plumbing.decoding import VideoError, printed, read_frames, stream_views
-from plumbing.files import try_folder
+from plumbing.files import try_folder, whole
+from plumbing.lists import videos_below
 from plumbing.pictures import draw_prediction, save_fill_in
 from plumbing.processes import autocast
+from plumbing.results import write_predictions
 from plumbing.tokenizing import encode_video
 from plumbing.tokens import PATCH
+from probe import clip_features
 from vqvae import load_tokenizer
 
 FPS = 2.0  # of the released models, whose checkpoints do not name it
+CLIPS = 10  # evenly spaced clips of a video for its features
 
 
 def origin(store, tokenizer="", **more):
@@ -38,6 +45,18 @@ def origin(store, tokenizer="", **more):
     if tokenizer:
         made["tokenizer"] = os.path.abspath(tokenizer)
     return made | more
+
+
+def clip_fps(path, otherwise=0.0):
+    """Frames a second of the clips that a checkpoint's model was trained on, on average.
+
+    otherwise: for a checkpoint that does not tell; 0: the released models' rate.
+    """
+    checkpoint = read_checkpoint(path)
+    settings = checkpoint.get("config", {})
+    if "min_stride" in settings:  # of pre-training
+        return 2 * checkpoint["tokens"]["fps"] / (settings["min_stride"] + settings["max_stride"])
+    return settings.get("fps", otherwise or FPS)
 
 
 def read_origin(config, backbone):
@@ -62,7 +81,7 @@ def read_origin(config, backbone):
         raise UserError(f"{path} ({tokenizer.vocab_size} codes, {tokenizer.fingerprint}) is not "
                         f"the tokenizer of {config.checkpoint} ({shape.vocab_size} codes, "
                         f"{fingerprint})")
-    return tokenizer, made, checkpoint.get("config", {})
+    return tokenizer, {**made, "tokenizer": str(path)}, checkpoint.get("config", {})
 
 
 def picture_path(folder, kind, video, taken):
@@ -79,11 +98,13 @@ def picture_path(folder, kind, video, taken):
 def each_video(paths, tokenizer, made, views, view=0):
     """Decodes and tokenises files -> yields path, tokens (V, F, H, W), {frame number: its pixels}.
 
-    The pixels are up to 64 frames of one view, uint8 (S, S, 3). A file that does not decode costs a
-    line. Raises UserError if none does.
+    paths: files, and folders for all videos below them. The pixels are up to 64 frames of one view,
+    uint8 (S, S, 3). A file that does not decode costs a line. Raises UserError if none does.
     """
-    any_read = False
-    for path in map(Path, paths):
+    any_read, files = False, []
+    for path in paths:
+        files += videos_below(path) if os.path.isdir(path) else [path]
+    for path in progress(map(Path, files), "videos", len(files), " videos", show=len(files) > 20):
         frames = {}
         pieces = stream_views(path, made["fps"], made["size"], views)
         try:
@@ -116,6 +137,8 @@ def keep_frames(pieces, view, frames, most=64):
 
 # ---------------------------------------------------------------- Fig. 5
 
+MASKS = ("mask", "mask_ratio", "blocks", "noise")  # fields of pretrain.Config
+
 
 def fill_in(config, model):
     """pretrain.py --fill-in: a picture of each video, beside the checkpoint.
@@ -124,6 +147,8 @@ def fill_in(config, model):
     """
     tokenizer, made, trained = read_origin(config, model.backbone)
     stride = max(1, round((trained.get("min_stride", 1) + trained.get("max_stride", 1)) / 2))
+    masks = {name: trained[name] for name in MASKS if name in trained}  # as in its training
+    config, generator = replace(config, **masks), torch.Generator().manual_seed(config.seed)
     folder, taken = Path(config.checkpoint).parent, []
     if trained.get("mask_weight") == 0:
         print(f"{printed(config.checkpoint)} was trained with --mask-weight 0: "
@@ -134,11 +159,33 @@ def fill_in(config, model):
         clip = monitor.middle_clip(tokens, model.backbone.config, stride)
         frames = read_frames(path, made["fps"], made["size"])
         frames = monitor.middle_frames(frames, len(clip), stride)
-        generator = torch.Generator().manual_seed(config.seed)
         picture = monitor.fill_in_clip(model, tokenizer, clip, frames, config, generator)
         out = picture_path(folder, "fill_in", path, taken)
         save_fill_in(picture[None], [printed(path.name)], out)
         print(f"{printed(path)}: {printed(out)}.png, {printed(out.name)}.gif")
+
+
+# ---------------------------------------------------------------- features
+
+
+def save_features(config, backbone):
+    """pretrain.py --features: CLS and the mean token feature of every video, in a .npz file.
+
+    names: (n,). cls, mean: float32 (n, d), each the mean over evenly spaced clips.
+    """
+    tokenizer, made, _ = read_origin(config, backbone)
+    stride = max(1, round(made["fps"] / clip_fps(config.checkpoint)))
+    views, names, features = [(made["size"], "center", False)], [], []
+    backbone.eval()
+    for path, (tokens,), _ in each_video([config.videos], tokenizer, made, views):
+        clips = data.even_clips(tokens, backbone.config.frames, stride, CLIPS, tokenizer.vocab_size)
+        names.append(printed(os.path.relpath(path, config.videos)))
+        clips = torch.from_numpy(clips)
+        features.append(clip_features(backbone, clips, config.precision).mean(dim=0).cpu())
+    cls, mean = torch.stack(features).chunk(2, dim=1)  # (n, d) each
+    with whole(config.features) as file:
+        np.savez(file, names=np.array(names), cls=cls.numpy(), mean=mean.numpy())
+    print(f"{config.features}: features of {len(names)} videos, cls and mean of {cls.shape[1]}")
 
 
 # ---------------------------------------------------------------- classes
@@ -162,32 +209,39 @@ def classify(model, tokens, stride, count, precision):
 
 
 def predict(config, model):
-    """finetune.py --predict: the five likeliest classes of each video, and a picture.
+    """finetune.py --predict: the five likeliest classes of each video, a CSV file, pictures.
 
     config: finetune.Config. model: Classifier.
     """
     tokenizer, made, trained = read_origin(config, model.backbone)
-    fps, count = trained.get("fps", config.fps), trained.get("clips", config.clips)
-    stride = max(1, round(made["fps"] / fps))
+    count = trained.get("clips", config.clips)
+    stride = max(1, round(made["fps"] / clip_fps(config.checkpoint, config.fps)))
     classes = model.classifier.out_features
-    names, taken = made.get("classes") or [f"class {i}" for i in range(classes)], []
+    names = made.get("classes") or [f"class {i}" for i in range(classes)]
     center = next((i for i, view in enumerate(made["views"]) if view[1] == "center"), 0)
-    try_folder(config.out)
+    videos, chances, taken = [], [], []
     model.eval()
     for path, tokens, frames in each_video(config.predict, tokenizer, made, made["views"], center):
         p = classify(model, tokens, stride, count, config.precision)  # (count, C)
-        percent, best = (100 * p.mean(dim=0)).topk(min(5, classes))
+        videos.append(path)
+        chances.append(p.mean(dim=0))
+        percent, best = (100 * chances[-1]).topk(min(5, classes))
         text = ", ".join(f"{names[i]} {value:.1f}%"
                          for i, value in zip(best.tolist(), percent.tolist()))
-        out = f"{picture_path(config.out, 'predict', path, taken)}.png"
-        print(f"{printed(path)}: {text} ({printed(out)})")
-        middles = clip_middles(tokens.shape[1], model.backbone.config.frames, stride, count)
-        lines = {names[i]: list(zip(middles / made["fps"], (100 * p[:, i]).tolist()))
-                 for i in best.tolist()}
-        numbers = np.array(sorted(frames))[data.spread(8, len(frames))]
-        pixels = np.stack([frames[number] for number in numbers])
-        draw_prediction(pixels, tokens[center][numbers], numbers / made["fps"], lines, out,
-                        f"{printed(path.name)}: {text.split(',')[0]}")
+        print(f"{printed(path)}: {text}")
+        if config.draw:
+            out = f"{picture_path(config.out, 'predict', path, taken)}.png"
+            middles = clip_middles(tokens.shape[1], model.backbone.config.frames, stride, count)
+            lines = {names[i]: list(zip(middles / made["fps"], (100 * p[:, i]).tolist()))
+                     for i in best.tolist()}
+            numbers = np.array(sorted(frames))[data.spread(8, len(frames))]
+            pixels = np.stack([frames[number] for number in numbers])
+            draw_prediction(pixels, tokens[center][numbers], numbers / made["fps"], lines, out,
+                            f"{printed(path.name)}: {text.split(',')[0]}")
+            print(printed(out))
+    if config.csv:
+        write_predictions(config.csv, videos, torch.stack(chances), names)
+        print(f"{config.csv}: {len(videos)} videos")
 
 
 def clip_middles(length, frames, stride, count):

@@ -6,10 +6,12 @@ from pathlib import Path
 
 import data
 import monitor
+import predict
 import toy
 import vqvae
 from plumbing.cli import UserError
-from plumbing.processes import by_first, say
+from plumbing.datasets import class_names, own_splits, videos_to_pretrain_on
+from plumbing.processes import broadcast, by_first, say
 from plumbing.store import check_alike
 
 
@@ -44,7 +46,8 @@ def make(config, device):
     """
     if config.videos:
         home, root, classes, labelled = Path(config.out), config.videos, None, config.monitor
-        splits = {"pretrain": [(path, {}) for path, _ in data.list_videos("folder", root, "")]}
+        videos = broadcast(by_first(videos_to_pretrain_on, root))
+        splits = {"pretrain": [(path, {}) for path in videos]}
     else:
         home, sizes = toy.sized(config.toy_videos)
         root, classes, labelled = home, toy.CLASSES, config.monitor or home / "tokens"
@@ -109,8 +112,31 @@ def why_no_pictures(config, path, store):
     return None
 
 
+def tokenise_labelled(config, backbone, device):
+    """Tokenises the labelled videos of finetune.py --videos into config.data.
+
+    They are tokenised like those that the model was trained on. Tokens that are there are kept.
+    """
+    tokenizer, made, _ = predict.read_origin(config, backbone.to(device))
+    splits, classes = broadcast(by_first(labelled_splits, config.videos))
+    for split, videos in splits.items():
+        vqvae.tokenize(tokenizer, videos, config.videos, Path(config.data) / split, made["fps"],
+                       made["size"], data.views_for("pretrain", made["size"]),
+                       Path(made["tokenizer"]).name, classes)
+
+
+def labelled_splits(root):
+    """-> {split: [(path, {"label": class})]}, {"label": [class name]} or None."""
+    splits, classes = own_splits(root), class_names("own", root)
+    return ({split: [(path, {"label": label}) for path, label in videos]
+             for split, videos in splits.items()}, {"label": classes} if classes else None)
+
+
 def open_stores(config):
-    """The token stores to train and test on -> {split: TokenStore}."""
+    """The token stores to train and test on -> {split: TokenStore}, and that of val or None.
+
+    None also where config.eval_split is val, or nothing is trained.
+    """
     splits = [config.eval_split] if config.eval_only else ["train", config.eval_split]
     stores = {}
     for split in splits:
@@ -118,13 +144,16 @@ def open_stores(config):
         if config.split == 1:
             names.append(split)  # split 1 may have the plain name
         stores[split] = data.open_store(config.data, *names)
-    check_alike(*stores.values())
+    val, chooses = Path(config.data) / "val", not (config.eval_only or config.freeze_backbone)
+    chooses = chooses and not config.split and config.eval_split != "val"
+    val = data.TokenStore(val) if chooses and (val / "index.npz").is_file() else None
+    check_alike(*stores.values(), *filter(None, [val]))
     train, test = stores[splits[0]], stores[config.eval_split]
     if train is not test and train.header["root"] == test.header["root"]:
         both = len(train.names() & test.names())
         if both:
             say(f"{both} of the {len(test)} test videos are training videos, too")
-    return stores
+    return stores, val
 
 
 def pick_labels(stores, wanted):

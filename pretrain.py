@@ -31,7 +31,7 @@ from plumbing.processes import agree, autocast, move, one_seed, rank_and_world, 
 from plumbing.tokens import PAD
 from plumbing.weights import init_weights
 from prepare import prepare
-from transformer import TokenHead, TransformerConfig, VideoTransformer
+from transformer import TokenHead, TransformerConfig, VideoTransformer, load_backbone
 from vqvae import load_tokenizer
 
 PRESETS = {
@@ -39,6 +39,10 @@ PRESETS = {
                 projection_hidden=128, frame_size=64, fps=8.0, codes=256, tokenizer_steps=600,
                 min_stride=2, max_stride=4, batch=32, micro_batch=32, contrast=0, alpha=0.5,
                 lr=4e-3, steps=320, log_every=20, save_every=80, knn=20, knn_every=80, workers=0),
+    # For thousands of videos: a quarter of small's FLOP a video, small batches for many steps,
+    # and 200 epochs. 5,000 videos take 1e17 FLOP, an hour on a GPU that does 30 TFLOP/s.
+    "own": dict(dim=256, heads=4, mlp_dim=1024, init_std=0.028, projection_hidden=512, fps=4.0,
+                max_stride=2, tokenizer_steps=3000, batch=128, epochs=200.0),
     "small": {},  # the defaults below: Table 3 and the second column of Table 4
     "base": dict(layers=12, dim=768, heads=12, mlp_dim=3072),
     "large": dict(layers=24, dim=1024, heads=16, head_dim=32, projection_hidden=4096,
@@ -60,7 +64,8 @@ class Config(runs.RunSettings):
     init: str = option("", "checkpoint to take weights from, for a new schedule")
     resume_from: str = option("", "checkpoint of another run, to continue its schedule here")
     fill_in: tuple = option((), "draw what a model predicts for hidden tokens of these videos")
-    checkpoint: str = option("", "checkpoint of --fill-in (default: the run's last.pt)")
+    features: str = option("", "write the features of --videos to this .npz file; no training")
+    checkpoint: str = option("", "model of --fill-in and --features (default: the run's last.pt)")
     layers: int = option(6, "transformer layers", least=1, most=1000, group="model")
     dim: int = option(512, "hidden size", least=1, most=65536)
     heads: int = option(8, "attention heads", least=1, most=1000)
@@ -102,6 +107,8 @@ class Config(runs.RunSettings):
     def __post_init__(self):
         self.out = self.out or f"runs/{self.preset}"
         self.checkpoint = self.checkpoint or f"{self.out}/last.pt"
+        if self.features and not self.videos:
+            raise UserError("--features needs the folder of --videos")
         if self.min_stride > self.max_stride:
             raise UserError("--min-stride must not be more than --max-stride")
         if self.videos and self.data:
@@ -341,9 +348,12 @@ def main():
         raise UserError("--preset large256 is the second stage: give --resume-from or --init")
     processes.launch(config.gpus)
     device = processes.pick_device(config.device)
+    config.device = device.type
     config.precision = processes.pick_precision(config.precision, device)
     if config.fill_in:
         return predict.fill_in(config, Vimpac.load(config.checkpoint).to(device))
+    if config.features:
+        return predict.save_features(config, load_backbone(config.checkpoint).to(device))
     for path in filter(None, (config.init, config.resume_from)):
         checkpoints.read_checkpoint(path)  # fails early on a bad path
     runs.check_folder(config)

@@ -203,7 +203,7 @@ def sized(count):
 
 def split_videos(root, split):
     """The videos of a split with all their labels -> [(path, {label set: class})]."""
-    lists = {name: list_videos("list", Path(root) / name, split) for name in CLASSES}
+    lists = {name: list_videos("own", Path(root) / name, split) for name in CLASSES}
     paths = [path for path, _ in lists["motion"]]
     return [(path, {name: lists[name][i][1] for name in CLASSES}) for i, path in enumerate(paths)]
 

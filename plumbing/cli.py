@@ -100,16 +100,17 @@ class Parser(argparse.ArgumentParser):
         sys.exit(2)
 
 
-def parse(config_class, argv, description, presets=None, chosen_by="preset", prog=None):
+def parse(config_class, argv, description, presets=None, chosen_by="preset", usual=None, prog=None):
     """A command line -> configuration. Every field is a flag, with dashes for underscores.
 
-    presets: {name: {field: value}}, chosen by the flag `chosen_by`; other flags override them.
+    presets: {name: {field: value}}, chosen by the flag `chosen_by`, else `usual`, else its default;
+    other flags override them.
     --help shows the values in force. A UserError from __post_init__ is printed like a wrong value.
     """
     preset = {}
     if presets:
         early = Parser(prog, add_help=False, allow_abbrev=False)
-        early.add_argument(f"--{chosen_by}", default=getattr(config_class, chosen_by),
+        early.add_argument(f"--{chosen_by}", default=usual or getattr(config_class, chosen_by),
                            choices=list(presets))
         name = getattr(early.parse_known_args(argv)[0], chosen_by)
         preset = {chosen_by: name, **presets[name]}

@@ -14,16 +14,19 @@ from plumbing.decoding import VIDEO_ENDINGS, printed
 from plumbing.lists import (
     existing,
     is_number,
+    lists_videos,
     read_json,
     read_lines,
     read_pairs,
     read_records,
-    read_split_lists,
+    read_splits,
     read_table,
+    split_off,
     videos_below,
 )
 
 CROPS = ("top-left", "center", "bottom-right")
+TWO_SPLITS = ("train", "test")
 
 
 @dataclass(frozen=True)
@@ -72,8 +75,8 @@ def list_videos(dataset, root, split):
 
     root: the folder with the unpacked files of the dataset's site.
     "folder" and "howto100m": every video file below root, without labels, whatever the split.
-    "list": root/<split>.txt with a line `relative/path.mp4 label` for each video. Labels that are
-    words are numbered in the order of root/classes.txt, or sorted if there is no such file.
+    "own": see `lists.read_splits`. Labels that are words are numbered in the order of
+    root/classes.txt, or sorted if there is no such file.
     "ucf101" and "hmdb51": the splits train1 to test3; train and test are those of split 1.
 
     Counts listed videos that are missing on stderr. Raises UserError for a missing or malformed
@@ -105,6 +108,30 @@ def list_videos(dataset, root, split):
         print(f"{dataset} {split}: {len(missing)} of {len(videos)} listed videos are not on this "
               f"disk{example}", file=sys.stderr)
     return present
+
+
+def own_splits(root):
+    """The labelled videos of a folder -> {split: [(path, label)]}, with a test split.
+
+    Where the folder has none, a fifth of each class is set apart, and a line says so.
+    """
+    splits = {name: list_videos("own", root, name) for name in read_splits(Path(root))}
+    if "test" not in splits and "train" in splits:
+        splits["train"], splits["test"] = split_off(splits["train"])
+        print(f"{printed(root)} has no test split: testing on {len(splits['test'])} of its videos, "
+              f"a fifth of each class, drawn with seed 0")
+    return splits
+
+
+def videos_to_pretrain_on(root):
+    """All videos below a folder but those of its test split -> [path]. A line says how many."""
+    paths, root = [path for path, _ in list_videos("folder", root, "")], Path(root)
+    if not (lists_videos(root / "test.txt") or all((root / name).is_dir() for name in TWO_SPLITS)):
+        return paths
+    test = {os.path.normpath(path) for path, _ in read_splits(root)["test"]}
+    others = [path for path in paths if os.path.normpath(path) not in test]
+    print(f"{printed(root)}: leaving out the {len(paths) - len(others)} videos of its test split")
+    return others
 
 
 def label_number(label, numbers, root, where):
@@ -148,17 +175,20 @@ def list_folder(root, split):
     return [(path, None) for path in paths]
 
 
-def list_text_files(root, split):
-    return [(root / name, label) for name, label in read_split_lists(root, split)[split]]
+def list_own(root, split):
+    splits = read_splits(root)
+    if split not in splits:
+        raise UserError(f"no {root / split}.txt" + f": the splits are {', '.join(splits)}" *
+                        bool(splits))
+    return splits[split]
 
 
-def text_file_classes(root):
+def own_classes(root):
     if (root / "classes.txt").is_file():
         names = list(read_lines(root / "classes.txt").values())
-    elif (root / "train.txt").is_file():
-        names = sorted({str(label) for _, label in list_text_files(root, "train")})
     else:
-        names = []
+        labels = {label for _, label in read_splits(root).get("train", ())}
+        names = sorted(label for label in labels if isinstance(label, str))
     return None if all(map(is_number, names)) else names
 
 
@@ -258,11 +288,11 @@ THREE_SPLITS = ("train1", "test1", "train2", "test2", "train3", "test3")
 
 DATASETS = {
     "folder": Dataset(list_folder),
-    "list": Dataset(list_text_files, classes=text_file_classes),
+    "own": Dataset(list_own, classes=own_classes),
     "howto100m": Dataset(list_folder),
     "ucf101": Dataset(list_ucf101, THREE_SPLITS, ucf101_classes, epochs=50.0),
     "hmdb51": Dataset(list_hmdb51, THREE_SPLITS, epochs=50.0),
-    "diving48": Dataset(list_diving48, ("train", "test"), diving48_classes, diving48_spans,
+    "diving48": Dataset(list_diving48, TWO_SPLITS, diving48_classes, diving48_spans,
                         epochs=50.0),
     "ssv2": Dataset(list_ssv2, ("train", "val", "test"), ssv2_classes, flip=False,
                     test_crops=("center",), epochs=22.0, scratch_epochs=1.5),

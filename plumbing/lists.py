@@ -8,6 +8,8 @@ import json
 import os
 from pathlib import Path
 
+import numpy as np
+
 from plumbing.cli import UserError
 from plumbing.decoding import VIDEO_ENDINGS
 
@@ -101,15 +103,52 @@ def is_number(text):
     return text.isdecimal() and len(text) < 10
 
 
-def read_split_lists(root, split):
-    """The list of a split and all others in its folder -> {split: [(relative path, label)]}.
+def read_splits(root):
+    """The labelled videos of a folder -> {split: [(path, label)]}.
+
+    root holds train.txt, test.txt and the like, or train/, test/ and the like with a folder for
+    each class, or just the folders of the classes, which are all for training.
+    """
+    splits = read_split_lists(root)
+    names = [name for name in ("train", "val", "test") if (root / name).is_dir()]
+    if splits:
+        return splits
+    if "train" in names:
+        return {name: class_folders(root / name) for name in names}
+    return {"train": class_folders(root)}
+
+
+def class_folders(root):
+    """Videos in folders of their classes -> [(path, class)]."""
+    videos = [Path(path) for path in videos_below(root)]
+    for path in videos:
+        if path.parent == root:
+            raise UserError(f"{path} is in no class's folder: write a train.txt, with lines "
+                            f"`relative/path.mp4 label`, or move it")
+    return [(path, path.relative_to(root).parts[0]) for path in videos]
+
+
+def split_off(videos, seed=0):
+    """A fifth of each class, at least one video, for testing -> the others, those to test."""
+    order = np.random.default_rng(seed).permutation(len(videos)).tolist()
+    by_class, test = {}, set()
+    for i in order:
+        by_class.setdefault(videos[i][1], []).append(i)
+    for numbers in by_class.values():
+        test.update(numbers[:max(len(numbers) > 1, len(numbers) // 5)])
+    return ([video for i, video in enumerate(videos) if i not in test],
+            [video for i, video in enumerate(videos) if i in test])
+
+
+def read_split_lists(root):
+    """The lists of videos in a folder -> {split: [(path, label)]}.
 
     All are read, so that a label means the same in each. Raises UserError for the first line with a
     word where other labels are numbers, a number where they are words, or a video's second label.
     """
-    others = {path.stem for path in root.glob("*.txt") if is_split_list(path)}
+    names = {path.stem for path in root.glob("*.txt") if is_split_list(path)}
     lists, first, labels = {}, None, {}
-    for name in sorted(others | {split}):
+    for name in sorted(names):
         path = root / f"{name}.txt"
         lists[name] = []
         for number, (video, label) in read_pairs(path, "relative/path.mp4 label").items():
@@ -123,12 +162,16 @@ def read_split_lists(root, split):
             if label != earlier:
                 raise UserError(f"{path}, line {number}: {video} has the label {label!r} here and "
                                 f"{earlier!r} before")
-            lists[name].append((video, label))
+            lists[name].append((root / video, label))
     return lists
 
 
 def is_split_list(path):
-    """Whether a text file lists videos: its first line is a video file and a label."""
+    """Whether a text file lists videos: its name says so, or its first line has one and a label."""
+    return path.name in ("train.txt", "val.txt", "test.txt") or lists_videos(path)
+
+
+def lists_videos(path):
     if path.name == "classes.txt" or not path.is_file():
         return False
     line = next(iter(read_lines(path).values()), "")

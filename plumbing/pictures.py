@@ -47,16 +47,17 @@ def save(figure, path, dpi=110, **settings):
 def draw_curves(out, panels):
     """The curves.png of a run, without panels that have no value.
 
-    panels: {title: {legend: key of metrics.jsonl}}. A title ends with a comma and its unit.
+    panels: {title: {legend: key of metrics.jsonl, or a constant}}. A title ends with a comma and
+    its unit.
     """
     records = read_metrics(out)
     curves = {}  # {title: {legend: [(step, value)]}}
     for title, keys in panels.items():
-        lines = {legend: [(record["step"], record[key]) for record in records if key in record]
+        lines = {legend: [(record["step"], record.get(key, key)) for record in records
+                          if key in record or isinstance(key, float)]
                  for legend, key in keys.items()}
-        lines = {legend: points for legend, points in lines.items() if points}
-        if lines:
-            curves[title] = lines
+        if any(lines[legend] for legend, key in keys.items() if isinstance(key, str)):
+            curves[title] = {legend: points for legend, points in lines.items() if points}
     if not curves:
         return
     figure = Figure(figsize=(4 * len(curves), 3.2), layout="constrained")

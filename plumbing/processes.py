@@ -172,6 +172,14 @@ def by_first(function, *args):
     return result
 
 
+def broadcast(value):
+    """The first process's value, in all processes."""
+    values = [value]
+    if dist.is_initialized():
+        dist.broadcast_object_list(values, 0, group=cpu_group())
+    return values[0]
+
+
 def leave_group():
     """Called by all after their last exchange. Only the first process returns.
 

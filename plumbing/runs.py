@@ -15,9 +15,11 @@ from pathlib import Path
 import torch
 from torch import nn
 
+from plumbing.board import describe_board, tag
 from plumbing.checkpoints import restore, save_checkpoint
 from plumbing.cli import UserError, option
 from plumbing.files import read_lines, try_folder, write_text, writing
+from plumbing.fitting import trim_heap
 from plumbing.processes import (
     by_first,
     from_all,
@@ -26,6 +28,9 @@ from plumbing.processes import (
     say,
     sum_over_all,
 )
+from plumbing.versions import commit
+
+FEW_STEPS = 200
 
 
 @dataclass
@@ -94,6 +99,9 @@ def schedule(config, videos, epochs, stop_after=0.0):
     epoch = videos // config.batch
     steps = config.steps or max(1, int(epochs * epoch))
     end = max(1, int(stop_after * epoch)) if stop_after else steps
+    if steps < FEW_STEPS and not config.steps:
+        say(f"{steps} steps: a model learns little in fewer than {FEW_STEPS}. Give more --epochs, "
+            f"or --steps, or a smaller --batch than {config.batch}")
     return steps, min(steps, end)
 
 
@@ -186,8 +194,9 @@ def claim_folder(config):
     if rank_and_world()[0] > 0:
         return
     out = Path(config.out)
-    settings = asdict(config) | {"torchrun_job": torchrun_job()}
-    content = json.dumps(settings, indent=1) + "\n"
+    used = {"torchrun_job": torchrun_job(), "processes": rank_and_world()[1],
+            "threads": torch.get_num_threads(), "torch": torch.__version__, "commit": commit()}
+    content = json.dumps(asdict(config) | used, indent=1) + "\n"
     if config.resume:
         return write_text(out / "config.json", content)
     with writing(out):
@@ -203,13 +212,13 @@ class Log:
     """A run's metrics, and whether training is sound.
 
     The first process writes metrics.jsonl and TensorBoard events. A resumed run drops the metrics
-    after its first step. epoch: how many steps it has. Counts on the device: nothing waits for a
-    GPU but `write_means` and `may_save`.
+    after its first step. epoch: how many steps it has. group: of TensorBoard's tags. Counts on the
+    device: nothing waits for a GPU but `write_means` and `may_save`.
     """
 
-    def __init__(self, config, first, epoch):
+    def __init__(self, config, first, epoch, group="train"):
         claim_folder(config)
-        self.config, self.epoch, self.out = config, epoch, Path(config.out)
+        self.config, self.epoch, self.out, self.group = config, epoch, Path(config.out), group
         self.writes = rank_and_world()[0] == 0
         self.bad_steps, self.first_loss, self.save_due = 0, None, False
         self.reset()
@@ -221,6 +230,7 @@ class Log:
         lines = [json.dumps(record) + "\n" for record in records if 0 < first >= record["step"]]
         write_text(self.out / "metrics.jsonl", "".join(lines))
         self.board = SummaryWriter(self.out, purge_step=first + 1)
+        describe_board(self.board, config, group)
 
     def reset(self):
         self.sums, self.steps, self.good_steps, self.since = 0, 0, 0, time.perf_counter()
@@ -230,9 +240,9 @@ class Log:
 
         A step whose gradient is not finite counts as skipped, and is left out of the means.
         """
-        self.names, finite = list(groups[0]), gradient_norm.isfinite()
+        self.names, finite = [*groups[0], "gradient_norm"], gradient_norm.isfinite()
         values = torch.stack([torch.stack([*group.values()]) for group in groups])
-        values = values.detach().float().mean(dim=0)
+        values = torch.cat([values.detach().float().mean(dim=0), gradient_norm.float()[None]])
         self.sums = self.sums + values.masked_fill(~finite, 0)
         self.steps, self.good_steps = self.steps + 1, self.good_steps + finite.float()
         self.bad_steps = (self.bad_steps + 1) * ~finite  # in a row
@@ -251,6 +261,8 @@ class Log:
         self.write(step, epoch=step / self.epoch, **means, lr=lr, videos_per_second=rate, **more)
         self.reset()
         self.check()
+        trim_heap()
+        del means["gradient_norm"]
         return "  ".join(f"{name} {value:.1%}" if "accuracy" in name else f"{name} {value:.3f}"
                          for name, value in {**means, **more}.items())
 
@@ -263,7 +275,7 @@ class Log:
         with writing(self.out), open(self.out / "metrics.jsonl", "a") as file:
             file.write(json.dumps({"step": step, **metrics}) + "\n")
         for name, value in metrics.items():
-            self.board.add_scalar(name, value, step)
+            self.board.add_scalar(tag(name, self.group), value, step)
 
     def may_save(self, step, end, stop):
         """Whether a checkpoint is due. It waits for a step whose gradient is finite.
@@ -312,11 +324,11 @@ def read_metrics(out):
     return [record for record in records if isinstance(record.get("step"), int)]
 
 
-def save(config, model, optimizer, scaler, step, steps, tokens):
-    """last.pt, by the first process. step: how many are done. tokens: how they were made."""
+def save(config, model, optimizer, scaler, step, steps, tokens, name="last.pt"):
+    """A checkpoint, by the first process. step: how many are done. tokens: how they were made."""
     if rank_and_world()[0] > 0:
         return
-    save_checkpoint(Path(config.out) / "last.pt", {
+    save_checkpoint(Path(config.out) / name, {
         "model": model.state_dict(), "optimizer": optimizer.state_dict(),
         "scaler": scaler.state_dict(), "step": step, "steps": steps, "config": asdict(config),
         "tokens": tokens, "transformer": asdict(model.backbone.config)})

@@ -11,14 +11,13 @@ from pathlib import Path
 
 import numpy as np
 import torch
-import torch.distributed as dist
 
 from plumbing.cli import UserError, progress
 from plumbing.decoding import RESAMPLING, map_videos, max_workers, printed, stream_views
 from plumbing.files import try_folder, whole, write_text
 from plumbing.processes import (
+    broadcast,
     by_first,
-    cpu_group,
     from_all,
     rank_and_world,
     say,
@@ -105,14 +104,6 @@ def tokenize(tokenizer, videos, root, out, fps, size, views, name, classes=None,
     errors = [line for lines in from_all(errors) for line in lines]
     by_first(lambda: plan.finish(errors))
     return True
-
-
-def broadcast(value):
-    """The first process's value, in all processes."""
-    values = [value]
-    if dist.is_initialized():
-        dist.broadcast_object_list(values, 0, group=cpu_group())
-    return values[0]
 
 
 def read_video(path, fps, size, views, spans):

@@ -1,12 +1,25 @@
 """The versions and the machine, for a bug report: python -m plumbing.versions"""
 import os
 import platform
+import subprocess
 from importlib.metadata import version
+from pathlib import Path
 
 import imageio_ffmpeg
 import torch
 
 PACKAGES = ("torch", "numpy", "imageio", "matplotlib", "tensorboard")
+
+
+def commit():
+    """The commit of this code, with "-dirty" where files have changed -> str, or None."""
+    command = ["git", "describe", "--always", "--dirty", "--exclude", "*"]
+    root = Path(__file__).resolve().parent.parent
+    try:
+        done = subprocess.run(command, cwd=root, capture_output=True, text=True, check=True)
+    except (OSError, subprocess.CalledProcessError):
+        return None
+    return done.stdout.strip()
 
 
 def main():

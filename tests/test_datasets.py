@@ -2,10 +2,13 @@
 import json
 import os
 from dataclasses import asdict
+from pathlib import Path
 
 import pytest
 import torch
 from conftest import TINY, call, flags
+from hypothesis import given
+from hypothesis import strategies as st
 
 import data
 import finetune
@@ -13,8 +16,16 @@ import pretrain
 import vqvae
 from plumbing.checkpoints import save_checkpoint
 from plumbing.cli import UserError, parse
-from plumbing.datasets import DATASETS, Dataset, class_names, frame_spans, list_videos
-from plumbing.lists import read_lines
+from plumbing.datasets import (
+    DATASETS,
+    Dataset,
+    class_names,
+    frame_spans,
+    list_videos,
+    own_splits,
+    videos_to_pretrain_on,
+)
+from plumbing.lists import read_lines, split_off
 from plumbing.store import TokenStore
 from transformer import TransformerConfig
 
@@ -277,15 +288,15 @@ def write_lists(tmp_path):
 def test_labels_that_are_numbers_are_taken_as_they_are(write_lists):
     root = write_lists(train="a b/c.mp4 7\n\nd.mp4 0\n")
     expected = [(str(root / "a b/c.mp4"), 7), (str(root / "d.mp4"), 0)]
-    assert list_videos("list", root, "train") == expected
+    assert list_videos("own", root, "train") == expected
 
 
 def test_labels_that_are_words_are_numbered_alike_in_every_split(write_lists):
     root = write_lists(train="c.mp4 walk\nd.mp4 jump\n", test="e.mp4 walk\n")
-    assert [label for _, label in list_videos("list", root, "train")] == [1, 0]
-    assert [label for _, label in list_videos("list", root, "test")] == [1]
+    assert [label for _, label in list_videos("own", root, "train")] == [1, 0]
+    assert [label for _, label in list_videos("own", root, "test")] == [1]
     write_lists(classes="walk\njump\n")
-    assert [label for _, label in list_videos("list", root, "train")] == [0, 1]
+    assert [label for _, label in list_videos("own", root, "train")] == [0, 1]
 
 
 @pytest.mark.parametrize("lists, reason", [
@@ -298,14 +309,14 @@ def test_labels_that_are_words_are_numbered_alike_in_every_split(write_lists):
     (dict(train="c.mp4 0\n"), "no .*test.txt")])
 def test_an_error_in_a_user_s_list_is_named(write_lists, lists, reason):
     with pytest.raises(UserError, match=reason):
-        list_videos("list", write_lists(**lists), "test")
+        list_videos("own", write_lists(**lists), "test")
 
 
 def test_a_byte_order_mark_loses_no_video(write_lists):
     root = write_lists(train="\ufeffc.mp4 1\nd.mp4 0\n", classes="")
-    assert [label for _, label in list_videos("list", root, "train")] == [1, 0]
+    assert [label for _, label in list_videos("own", root, "train")] == [1, 0]
     write_lists(train="\ufeffc.mp4 jump\nd.mp4 walk\n", classes="\ufeffjump\nwalk\n")
-    assert [label for _, label in list_videos("list", root, "train")] == [0, 1]
+    assert [label for _, label in list_videos("own", root, "train")] == [0, 1]
 
 
 def test_a_name_may_hold_any_bytes(write_lists):
@@ -319,22 +330,22 @@ def test_a_name_may_hold_any_bytes(write_lists):
         pytest.skip("this file system takes only UTF-8")
     (root / "train.txt").write_bytes(b"".join(name + b" 1\r\n" for name in names))
     expected = [(str(root / os.fsdecode(name)), 1) for name in names]
-    assert list_videos("list", root, "train") == expected
+    assert list_videos("own", root, "train") == expected
 
 
 def test_a_missing_video_is_named_whatever_bytes_its_name_holds(write_lists, capsys):
     root = write_lists(train="")
     (root / "train.txt").write_bytes(b"c.mp4 1\ncaf\xe9.mp4 1\n")
-    assert len(list_videos("list", root, "train")) == 1
+    assert len(list_videos("own", root, "train")) == 1
     assert "1 of 2 listed videos are not on this disk, such as" in (line := capsys.readouterr().err)
     assert line.endswith("caf\\xe9.mp4\n")
     (root / "train.txt").write_bytes(b"caf\xe9.mp4 1\n")
     with pytest.raises(UserError, match=r"such as .*caf\\xe9.mp4$"):
-        list_videos("list", root, "train")
+        list_videos("own", root, "train")
 
 
 def test_a_split_alone_needs_no_other(write_lists):
-    assert [label for _, label in list_videos("list", write_lists(test="e.mp4 3\n"), "test")] == [3]
+    assert [label for _, label in list_videos("own", write_lists(test="e.mp4 3\n"), "test")] == [3]
 
 
 @pytest.mark.parametrize("lists, reason", [
@@ -350,13 +361,46 @@ def test_a_split_alone_needs_no_other(write_lists):
 def test_a_label_means_the_same_in_every_list_of_a_folder(write_lists, lists, reason):
     for split in lists:
         with pytest.raises(UserError, match=reason):
-            list_videos("list", write_lists(**lists), split)
+            list_videos("own", write_lists(**lists), split)
 
 
 def test_text_files_that_list_no_videos_do_not_count_as_lists(write_lists):
     root = write_lists(train="c.mp4 0\n", README="Videos of walks\n", unlabelled="d.mp4\n",
                        empty="")
-    assert [label for _, label in list_videos("list", root, "train")] == [0]
+    assert [label for _, label in list_videos("own", root, "train")] == [0]
+
+
+def test_folders_are_classes(tmp_path):
+    for path in ("walk/a.mp4", "run/deep/b.mp4", "run/c.avi"):
+        (tmp_path / path).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / path).touch()
+    assert class_names("own", tmp_path) == ["run", "walk"]
+    videos = [(str(Path(path).relative_to(tmp_path)), label)
+              for path, label in list_videos("own", tmp_path, "train")]
+    assert videos == [("run/c.avi", 0), ("run/deep/b.mp4", 0), ("walk/a.mp4", 1)]
+    (tmp_path / "stray.mp4").touch()
+    with pytest.raises(UserError, match="stray.mp4 is in no class's folder"):
+        list_videos("own", tmp_path, "train")
+
+
+def test_folders_of_splits_hold_folders_of_classes(tmp_path):
+    for path in ("train/walk/a.mp4", "train/run/b.mp4", "test/walk/c.mp4"):
+        (tmp_path / path).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / path).touch()
+    splits = own_splits(tmp_path)
+    assert {split: [label for _, label in videos] for split, videos in splits.items()} == \
+        {"train": [0, 1], "test": [1]}
+    assert [Path(path).name for path in videos_to_pretrain_on(tmp_path)] == ["b.mp4", "a.mp4"]
+
+
+@given(st.lists(st.integers(0, 4), min_size=2, max_size=60))
+def test_a_fifth_of_each_class_is_set_apart(labels):
+    videos = [(str(i), label) for i, label in enumerate(labels)]
+    train, test = split_off(videos)
+    assert sorted(train + test) == sorted(videos) and split_off(videos) == (train, test)
+    for label in set(labels):
+        count, apart = labels.count(label), sum(of == label for _, of in test)
+        assert apart == (0 if count == 1 else max(1, count // 5))
 
 
 @pytest.mark.parametrize("target", ["elsewhere", "root"])

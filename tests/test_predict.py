@@ -1,4 +1,6 @@
 """Any video file: what a model fills in, and its classes."""
+import csv
+import os
 import re
 import shutil
 
@@ -14,6 +16,7 @@ import data
 import finetune
 import monitor
 import pretrain
+import probe
 import toy
 import vqvae
 from plumbing import checkpoints
@@ -56,9 +59,9 @@ def test_a_file_gets_the_probabilities_of_the_test(tuned):
     p = finetune.evaluate(model, store, config, torch.device("cpu"))
     videos = [tuned / "datasets/toy" / store.name(i) for i in (0, 3)]
     done = call(finetune, "--predict", *videos, "--checkpoint", path, "--device", "cpu",
-                "--precision", "fp32", "--fps", 1, "--clips", 1)
+                "--precision", "fp32", "--fps", 1, "--clips", 1, "--draw")
     assert done.returncode == 0, done.stderr
-    for line, video, expected in zip(done.stdout.splitlines(), videos, p[[0, 3]].tolist()):
+    for line, video, expected in zip(done.stdout.splitlines()[::2], videos, p[[0, 3]].tolist()):
         assert line.startswith(f"{video}: ")
         percent = likeliest(line)
         assert list(percent.values()) == sorted(percent.values(), reverse=True)
@@ -66,6 +69,54 @@ def test_a_file_gets_the_probabilities_of_the_test(tuned):
         assert percent == pytest.approx(expected, abs=0.06)
         assert imageio.imread(tuned / f"runs/tuned/predict-{video.stem}.png").std() > 10
     assert (p[0] - p[3]).abs().max() > 0.05  # else any file would do
+
+
+def test_a_folder_is_classified_into_a_csv_file_without_pictures(tuned, tmp_path):
+    for i in (0, 1):
+        (tmp_path / "videos" / str(i)).mkdir(parents=True)
+        shutil.copy(tuned / VIDEO.format(i), tmp_path / f"videos/{i}/v.mp4")
+    done = call(finetune, "--predict", "videos", "--csv", "classes.csv", "--checkpoint",
+                tuned / "runs/tuned/last.pt", "--device", "cpu", "--out", "out", place=tmp_path)
+    assert done.returncode == 0, done.stderr
+    rows = list(csv.DictReader((tmp_path / "classes.csv").open()))
+    assert [row["video"] for row in rows] == ["videos/0/v.mp4", "videos/1/v.mp4"]
+    for row, line in zip(rows, done.stdout.splitlines()):
+        percent = likeliest(line)
+        assert row["prediction"] == next(iter(percent)) and row.keys() > set(toy.MOTIONS)
+        assert 100 * float(row[row["prediction"]]) == pytest.approx(max(percent.values()), abs=0.1)
+    assert not (tmp_path / "out").exists()
+
+
+def test_features_of_a_folder(tuned, tmp_path):
+    """Those of the middle of the probe: CLS, and the mean of the token features."""
+    shutil.copytree(tuned / "datasets/toy/videos", tmp_path / "videos")
+    done = call(pretrain, "--videos", "videos", "--features", "f.npz", "--checkpoint",
+                tuned / "runs/toy/last.pt", "--precision", "fp32", "--device", "cpu",
+                place=tmp_path)
+    assert done.returncode == 0, done.stderr
+    content = np.load(tmp_path / "f.npz")
+    store = data.TokenStore(tuned / "datasets/toy/tokens/pretrain")
+    backbone = finetune.load_backbone(tuned / "runs/toy/last.pt")
+    expected = probe.video_features(backbone, store, np.array([2]), 8 / 3, 10, "fp32")[0].numpy()
+    i = list(content["names"]).index(os.path.basename(store.name(2)))
+    assert np.allclose(np.concatenate([content["cls"][i], content["mean"][i]]), expected, atol=1e-5)
+    assert len(content["names"]) == len(list((tmp_path / "videos").iterdir()))
+
+
+def test_hidden_is_what_the_checkpoint_was_trained_to_predict_and_what_moves(tuned, monkeypatch):
+    """Not the command line's masks, and other tokens in each file."""
+    content = torch.load(tuned / "runs/toy/last.pt", weights_only=True)
+    content["config"] |= {"mask": "iid", "mask_ratio": 0.5}
+    (tuned / "runs/iid").mkdir()
+    torch.save(content, tuned / "runs/iid/last.pt")
+    masks, moving = [], monitor.moving_mask
+    monkeypatch.setattr(monitor, "moving_mask",
+                        lambda *args: masks.append(moving(*args)) or masks[-1])
+    done = call(pretrain, "--fill-in", VIDEO.format(2), "--fill-in", VIDEO.format(3),
+                "--checkpoint", "runs/iid/last.pt", place=tuned)
+    assert done.returncode == 0, done.stderr
+    assert all(mask.dim() == 4 and 0.4 < mask.float().mean() < 0.65 for mask in masks)
+    assert len(masks) == 2 and not torch.equal(*masks)
 
 
 def flags_of(path):
@@ -165,7 +216,7 @@ def test_a_released_checkpoint_with_the_papers_tokenizer(released, tuned):  # no
     import dall_e.encoder
     torch.save(dall_e.encoder.Encoder(n_hid=16, vocab_size=8192), folder / "encoder.pkl",
                _use_new_zipfile_serialization=False)
-    done = call(finetune, *ask, "--tokenizer", folder / "encoder.pkl")
+    done = call(finetune, *ask, "--tokenizer", folder / "encoder.pkl", "--draw")
     assert done.returncode == 0, done.stderr
     assert len(re.findall(r"class \d \d+\.\d%", done.stdout)) == 5
     assert (folder / "predict-00001.png").is_file()
@@ -177,6 +228,7 @@ def test_files_of_odd_or_equal_names_get_different_pictures(tuned, tmp_path):
         (tmp_path / name).parent.mkdir(exist_ok=True)
         shutil.copy(tuned / VIDEO.format(1), tmp_path / name)
     done = call(finetune, "--predict", *[tmp_path / name for name in names], "--checkpoint",
-                tuned / "runs/tuned/last.pt", "--out", tmp_path / "pictures", "--device", "cpu")
+                tuned / "runs/tuned/last.pt", "--out", tmp_path / "pictures", "--device", "cpu",
+                "--draw")
     assert done.returncode == 0 and not done.stderr, done.stderr
     assert len(list((tmp_path / "pictures").iterdir())) == len(names)

@@ -57,7 +57,7 @@ def six_videos(tmp_path_factory, tokenizer, write_video):
 
 
 def command(folder, out):
-    return ["tokenize", "--dataset", "list", "--root", folder / "videos",
+    return ["tokenize", "--dataset", "own", "--root", folder / "videos",
             "--tokenizer", folder / "t.pt", "--frame-size", 32, "--fps", 8, "--out", out,
             "--device", "cpu"]
 

@@ -168,7 +168,7 @@ def test_videos_of_one_colour_train_a_tokenizer_of_many_codes(tmp_path, write_vi
 @pytest.mark.parametrize("argv, reason", [
     (["train"], "say where the videos are"),
     (["train", "--videos", "few/v.mp4"], "is a file: give its folder"),
-    (["tokenize", "--videos", "few", "--dataset", "list", "--root", "few"], "give one of them"),
+    (["tokenize", "--videos", "few", "--dataset", "own", "--root", "few"], "give one of them"),
     (["trian", "--videos", "few"], "do you mean vqvae.py train?"),
     (["train", "--videos", "nowhere"], "no folder nowhere"),
     (["train", "--videos", "empty"], "no video file below"),
