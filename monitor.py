@@ -133,12 +133,11 @@ def report(config, model, store, tokenizer=None):
     curves = {"kNN accuracy": {name.removeprefix("knn_"): name for name in knn}}
     held_out = len(data.hold_out(len(store), config.held_out)[1])
     if config.alpha:
-        n = min(config.contrast, held_out)  # of the held-out videos' Eq. 4
+        n, less = config.contrast or config.batch, f", n = {held_out}"
         curves = {"contrastive loss": {
             "training": "contrastive_loss",
-            "held out" + f", n = {n}" * (n < config.contrast): "held_out_contrastive_loss",
-            f"chance, n = {config.contrast}":
-                2 * config.gamma * math.log(2 * config.contrast - 1)}} | curves
+            "held out" + less * (held_out < n): "held_out_contrastive_loss",
+            f"chance, n = {n}": 2 * config.gamma * math.log(2 * n - 1)}} | curves
     if config.mask_weight:
         curves = {"masked-token accuracy": {"training": "mask_accuracy",
                                             "held out": "held_out_mask_accuracy"}} | curves

@@ -56,6 +56,7 @@ from plumbing.pictures import draw_lines
 from plumbing.processes import device_name, pick_device, pick_precision, seed_all
 from plumbing.runs import read_metrics
 from prepare import open_stores, pick_labels
+from transformer import load_backbone
 
 RESULTS, FIGURES = ROOT / "benchmarks/findings.jsonl", ROOT / "benchmarks/figures"
 HOME = Path("datasets/findings")
@@ -187,9 +188,10 @@ def finetuned(scratch, task, few, seed, out, device, fps, recipe, split="test"):
     config = parse(finetune.Config, flags(settings), "", finetune.PRESETS, "dataset")
     config.precision = pick_precision(config.precision, device)
     shutil.rmtree(config.out, ignore_errors=True)  # of another number of labels
-    stores = open_stores(config)
+    stores, _ = open_stores(config)
     labels, classes = pick_labels(stores, config.labels)
-    model = finetune.build(config, stores, len(classes)).to(device)
+    backbone = load_backbone(config.checkpoint, dropout=config.dropout)
+    model = finetune.build(config, backbone, stores, len(classes)).to(device)
     origin = predict.origin(stores[split], labels=labels, classes=classes)
     finetune.train(config, model, stores["train"], labels, device, origin)
     predicted = finetune.evaluate(model, stores[split], config, device).cpu().argmax(dim=1)

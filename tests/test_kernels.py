@@ -86,7 +86,7 @@ def test_a_model_with_padding_gives_the_same_through_the_fused_kernel(layout, co
         loss = sum(x.sin().sum() for x in out)
         results.append([*out, *torch.autograd.grad(loss, model.parameters())])
     for plain, ours in zip(*results):
-        assert torch.allclose(plain, ours, atol=1e-5)
+        assert torch.allclose(plain, ours, atol=1e-5 * max(1.0, plain.abs().max().item()))
     assert len(launches) == count and all(mask is not None for mask in launches)
 
 

@@ -24,6 +24,7 @@ from conftest import (
     random_store,
     recorded_gradients,
 )
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from test_released import released_state
 
 import contrastive
@@ -83,6 +84,14 @@ def test_the_default_command_leaves_all_that_a_reader_looks_at(workplace):
                  "held_out_contrastive_loss"):
         assert [m["step"] for m in metrics if name in m] == [0, 3, 5]
     config = json.loads((out / "config.json").read_text())
+    assert config["precision"] in ("bf16", "fp32") and config["micro_batch"] == 4  # as used
+    assert config["device"] == "cpu" and config["threads"] == 1 and config["torch"]
+    events = EventAccumulator(str(out), {"images": 0}).Reload()
+    tags = set(events.Tags()["scalars"])
+    assert {"train/mask_loss", "train/gradient_norm", "train/lr", "held_out/mask_loss",
+            "knn/motion"} <= tags and {tag.split("/")[0] for tag in tags} == {
+                "train", "held_out", "knn"}
+    assert events.Tags()["images"] == ["fill_in"]
     assert config["steps"] == 5 and config["precision"] != "auto"
     assert list(out.glob("events.out.tfevents*")) and (out / "curves.png").is_file()
     picture = imageio.imread(out / "fill_in.png")

@@ -147,6 +147,15 @@ def test_an_epoch_is_whole_batches(videos, epochs, steps):
     assert runs.schedule(config, videos, epochs) == (steps, steps)
 
 
+def test_a_run_of_few_steps_says_so_unless_asked_for(capsys):
+    runs.schedule(Settings(batch=32), 180, 3.0)
+    line = capsys.readouterr().out
+    assert line.startswith("15 steps") and "--epochs" in line and "--steps" in line
+    runs.schedule(Settings(batch=32), 6400, 1.0)
+    runs.schedule(Settings(steps=7), 10, 3.0)
+    assert capsys.readouterr().out == ""
+
+
 def test_steps_override_epochs_and_a_run_can_stop_within_its_schedule(tmp_path, capsys):
     assert runs.schedule(Settings(steps=7), 10, 3.0) == (7, 7)
     assert runs.schedule(Settings(), 10, epochs=4.0, stop_after=3.0) == (20, 15)
