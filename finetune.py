@@ -168,6 +168,26 @@ def build(config, backbone, stores, classes):
 # ---------------------------------------------------------------- training
 
 
+def forward_backward(config, model, scaler, clips, classes, pad):
+    """Both passes of a batch, a micro-batch at a time -> {"loss", "train_accuracy": scalar}.
+
+    clips: int64 (n, T, H, W). classes: int64 (n,). pad: the id of PAD.
+    """
+    n, size, means = len(clips), config.micro_batch, []
+    device = next(model.parameters()).device
+    for i in range(0, n, size):
+        part, truth = clips[i:i + size], move(classes[i:i + size], device)
+        has_pad = bool((part == pad).any())
+        with processes.sync_gradients(model, last=i + size >= n):
+            with autocast(device, config.precision):
+                logits = model(move(part, device), has_pad).float()  # (size, C)
+            loss = F.cross_entropy(logits, truth, reduction="sum") / n
+            scaler.scale(loss).backward()
+        accuracy = (logits.argmax(dim=-1) == truth).sum() / n
+        means.append(torch.stack([loss.detach(), accuracy]))
+    return dict(zip(("loss", "train_accuracy"), sum(means)))
+
+
 def train(config, model, store, labels, device, origin, val=None):
     """Fine-tunes `model` on a label set of a TokenStore. origin: see `predict.origin`.
 
@@ -181,8 +201,6 @@ def train(config, model, store, labels, device, origin, val=None):
     first = runs.begin(config, model, optimizer, scaler, store.header, steps)
     stride = data.stride_for(store, config.fps)
     samples = data.RandomClips(store, labels, shape.frames, stride, config.seed)
-    best = max((record.get("val_accuracy", 0.0) for record in runs.read_metrics(config.out)
-                if record["step"] <= first), default=0.0)
     batches = data.Batches(videos, config.batch, end, first, config.seed, rank, world)
     loader = data.load(samples, batches, config.workers)
     log = runs.Log(config, first, len(videos) / config.batch, "finetune")
@@ -194,18 +212,8 @@ def train(config, model, store, labels, device, origin, val=None):
         for step in bar:
             clips, classes = next(loader)  # (n, T, H, W), (n,)
             processes.seed_all(config.seed, step, rank)  # dropout
-            terms = {"loss": 0, "train_accuracy": 0}
-            for i in range(0, len(clips), config.micro_batch):
-                part, truth = (x[i:i + config.micro_batch] for x in (clips, classes))
-                has_pad, truth = bool((part == shape.vocab_size + PAD).any()), move(truth, device)
-                with processes.sync_gradients(wrapped, i + config.micro_batch >= len(clips)):
-                    with autocast(device, config.precision):
-                        logits = wrapped(move(part, device), has_pad).float()  # (micro_batch, C)
-                    loss = F.cross_entropy(logits, truth, reduction="sum") / len(clips)
-                    scaler.scale(loss).backward()
-                terms["loss"] += loss.detach()
-                terms["train_accuracy"] += (logits.argmax(dim=-1) == truth).sum() / len(clips)
-
+            terms = forward_backward(config, wrapped, scaler, clips, classes,
+                                     shape.vocab_size + PAD)
             lr = runs.set_learning_rate(optimizer, config, step, steps)
             scaler.unscale_(optimizer)
             norm = nn.utils.clip_grad_norm_(model.parameters(), config.grad_clip)
@@ -218,10 +226,8 @@ def train(config, model, store, labels, device, origin, val=None):
             if done == end or done % config.log_every == 0:
                 bar.set_postfix_str(log.write_means(done, lr), refresh=False)
             if val and (done == end or (done % config.val_every == 0 and not stop)):
-                accuracy = validate(model, val, labels, config, device)
-                log.write(done, val_accuracy=accuracy)
-                if accuracy >= best:
-                    best = accuracy
+                log.write(done, val_accuracy=validate(model, val, labels, config, device))
+                if runs.last_is_best(config.out, "val_accuracy"):
                     runs.save(config, model, optimizer, scaler, done, steps, origin, "best.pt")
             if log.may_save(done, end, stop):
                 runs.save(config, model, optimizer, scaler, done, steps, origin)
@@ -229,10 +235,7 @@ def train(config, model, store, labels, device, origin, val=None):
                 break
     log.close(done, end, steps, stop)
     if val:
-        path = Path(config.out) / "best.pt"
-        checkpoint = checkpoints.read_checkpoint(path)
-        checkpoints.load_weights(model, checkpoint["model"], path)
-        say(f"testing {path}, the best on val ({best:.1%}), of step {checkpoint['step']}")
+        checkpoints.load_best(model, Path(config.out) / "best.pt")
 
 
 def resolve_batch(config, videos, world):

@@ -7,7 +7,7 @@ import torch
 from plumbing import released
 from plumbing.cli import UserError
 from plumbing.files import whole
-from plumbing.processes import say
+from plumbing.processes import say, wait_for_all
 from plumbing.released import patterns_of, strip_wrappers
 from plumbing.tokens import SPECIAL
 from plumbing.weights import resize_table
@@ -51,6 +51,14 @@ def load_weights(model, weights, path):
     except (RuntimeError, AttributeError) as error:
         reason = str(error).strip().splitlines()[-1].strip()
         raise UserError(f"{path} does not fit this model: {reason}") from error
+
+
+def load_best(model, path):
+    """Gives a model the weights of its run's best checkpoint, which the first process has saved."""
+    wait_for_all()
+    content = read_checkpoint(path)
+    load_weights(model, content["model"], path)
+    say(f"testing {path}, the best on the validation videos, of step {content['step']}")
 
 
 def rebuilt(kind, settings, path):

@@ -324,6 +324,12 @@ def read_metrics(out):
     return [record for record in records if isinstance(record.get("step"), int)]
 
 
+def last_is_best(out, name):
+    """Whether a metric of a run has never been higher than in its last record -> bool."""
+    values = [record[name] for record in read_metrics(out) if name in record]
+    return bool(values) and values[-1] == max(values)
+
+
 def save(config, model, optimizer, scaler, step, steps, tokens, name="last.pt"):
     """A checkpoint, by the first process. step: how many are done. tokens: how they were made."""
     if rank_and_world()[0] > 0:

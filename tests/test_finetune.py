@@ -152,7 +152,7 @@ def test_videos_to_validate_and_test_on_may_be_given(labelled, tmp_path):
     values = {m["step"]: m["val_accuracy"] for m in read_metrics(tmp_path / "run")
               if "val_accuracy" in m}
     assert list(values) == [10, 20, 30] and values[best["step"]] == max(values.values())
-    assert f"best on val ({max(values.values()):.1%}), of step {best['step']}" in done.stdout
+    assert f"best.pt, the best on the validation videos, of step {best['step']}" in done.stdout
 
 
 def test_videos_of_a_test_list_are_not_pretrained_on(labelled, tmp_path):
