@@ -62,7 +62,7 @@ class Config(runs.RunSettings):
     videos: str = option("", "folder of labelled videos (default: the toy world)")
     data: str = option("datasets/toy/tokens", "folder of the token stores")
     split: int = option(0, "1, 2 or 3 of UCF101 and HMDB51 (0: train and test)", least=0, most=3)
-    labels: str = option("motion", "label set (the toy has motion, appearance and direction)")
+    labels: str = option("motion", "label set (the toy has motion, appearance and colour)")
     num_labels: int = option(0, "train on so many videos, in class proportion (0: all)", least=0)
     out: str = option("", "folder of the run (default: runs/finetune-LABELS or -DATASET)")
     eval_only: bool = option(False, "test the checkpoint's own classifier, without training")
@@ -76,7 +76,7 @@ class Config(runs.RunSettings):
     fps: float = option(0.0, "frames a second of a clip (0: as in pre-training)", least=0,
                         most=1000)
     clips: int = option(10, "evenly spaced clips a video at test", least=1, most=1000)
-    epochs: float = option(24.0, "passes over the training videos", least=0, group="training")
+    epochs: float = option(12.0, "passes over the training videos", least=0, group="training")
     scratch_epochs: float = option(4.0, "--from-scratch trains so many times longer", above=0)
     batch: int = option(16, "videos a step, over all processes", least=1)
     lr: float | None = option(None, "peak learning rate (default: by the model's width)", above=0)

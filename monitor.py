@@ -213,7 +213,8 @@ def fill_in_clip(model, tokenizer, clip, original, config, generator):
     device, vocab_size = model.backbone.cls.device, model.backbone.config.vocab_size
     tokens = clip[None]  # (1, T, H, W)
     pad = tokens == vocab_size + PAD
-    mask = moving_mask(tokens, config, generator)
+    decoded = tokenizer.decode(tokens.masked_fill(pad, 0)[0]).cpu().numpy()
+    mask = moving_mask(decoded, clip.shape, config, generator)
     inputs = masking.hide(tokens, mask, vocab_size, config.noise, generator)
     mask = masking.union(mask) & ~pad
     hidden = mask.flatten().nonzero().squeeze(1)  # (M,)
@@ -221,25 +222,24 @@ def fill_in_clip(model, tokenizer, clip, original, config, generator):
     logits = model.predict_tokens(features, hidden.to(device))  # (M, V + 5)
     best = logits[:, :vocab_size].argmax(dim=1).cpu()  # (M,)
     filled = tokens.flatten().index_put((hidden,), best).view_as(tokens)
-    decoded, restored = (tokenizer.decode(x.masked_fill(pad, 0)[0]).cpu().numpy()
-                         for x in (tokens, filled))
+    restored = tokenizer.decode(filled.masked_fill(pad, 0)[0]).cpu().numpy()
     masked = chequered(decoded, mask[0].numpy())
     rows = np.stack([original, decoded, masked, restored])  # (4, T, S, S, 3)
     rows[:, enlarged(pad[0].numpy(), rows.shape[2])] = 255
     return rows
 
 
-def moving_mask(tokens, config, generator, draws=32):
-    """Of several masks for a clip (1, T, H, W), the one that hides most of what changes.
+def moving_mask(frames, shape, config, generator, draws=32):
+    """Of several masks for a clip, the one that hides most of what moves.
 
     Plain background, which is easily filled in, says little about a model.
+    frames: uint8 (T, S, S, 3). shape: (T, H, W). -> a mask as returned by a function in KINDS.
     """
     draw = masking.KINDS[config.mask]
-    masks = [draw(1, tokens.shape[1:], config.mask_ratio, config.blocks, generator)
-             for _ in range(draws)]
-    changes = torch.zeros(tokens.shape, dtype=torch.bool)
-    changes[:, 1:] = tokens[:, 1:] != tokens[:, :-1]
-    return max(masks, key=lambda mask: (masking.union(mask) & changes).sum().item())
+    masks = [draw(1, shape, config.mask_ratio, config.blocks, generator) for _ in range(draws)]
+    change = torch.from_numpy(frames).float().mean(dim=3).diff(dim=0).abs()  # (T - 1, S, S)
+    change = F.pad(F.adaptive_avg_pool2d(change, shape[1:]), (0, 0, 0, 0, 1, 0))  # (T, H, W)
+    return max(masks, key=lambda mask: (masking.union(mask)[0] * change).sum().item())
 
 
 def fill_in(model, tokenizer, store, videos, config, generator):

@@ -1,14 +1,13 @@
 """A small world of synthetic videos, written as real video files, with labels.
 
-One shape moves in one of four ways on a plain background. There are three tasks:
+A textured shape moves in one of four ways over a smooth background that pans slowly. As in real
+video, neighbouring tokens look alike but are seldom equal. There are three tasks:
   motion       sideways, up-and-down, spin or scale: needs several frames, like SSV2
-  direction    each motion forwards or backwards, 8 classes: the same, but harder
-  appearance   the colours of the shape's body and its end, 16 classes: one frame is enough, like
-               UCF101
+  appearance   square, triangle, cross or bar: one frame is enough, like UCF101
+  colour       the shape's colour: one token is enough
 
-The world is a torus, and each quantity that a motion changes is uniform at every moment, so no
-single frame gives the motion away. The light goes on and off, so the background does not identify
-a video. Colours come from a short palette, so that videos share tokens.
+Each quantity that a motion changes is uniform at every moment, whether it changes or not, so no
+single frame gives the motion away.
 
     python toy.py            writes datasets/toy and a picture of it
 
@@ -24,7 +23,6 @@ from dataclasses import dataclass
 from functools import partial
 from itertools import accumulate
 from pathlib import Path
-from typing import NamedTuple
 
 import imageio.v2 as imageio
 import imageio_ffmpeg
@@ -38,59 +36,68 @@ from plumbing.processes import end_with
 SIZE, FRAMES, FPS = 64, 32, 8
 SPLITS = {"pretrain": 2000, "train": 400, "val": 300, "test": 500}  # pre-training uses no labels
 MOTIONS = ("sideways", "up-and-down", "spin", "scale")
-DIRECTIONS = ("right", "left", "down", "up", "clockwise", "anticlockwise", "grow", "shrink")
 SHAPES = ("square", "triangle", "cross", "bar")
-COLOURS = {"red": (200, 50, 50), "green": (50, 150, 70),
-           "blue": (50, 80, 200), "yellow": (230, 200, 40)}
-LOOKS = tuple(f"{body} with {end}" if body != end else body
-              for body in COLOURS for end in COLOURS)
-CLASSES = {"motion": MOTIONS, "direction": DIRECTIONS, "appearance": LOOKS}
-BACKGROUNDS = (225, 110)  # greys, light on and off
-RADIUS = (10, 17)  # pixels
-# of each motion, a frame, in pixels, pixels, radians and sweeps
-SPEEDS = ((1.5, 3), (1.5, 3), (0.1, 0.2), (0.04, 0.08))
+COLOURS = {"red": (235, 90, 80), "green": (70, 190, 90),
+           "blue": (80, 110, 245), "yellow": (240, 215, 70)}
+CLASSES = {"motion": MOTIONS, "appearance": SHAPES, "colour": tuple(COLOURS)}
+GROUNDS = ((150, 140, 130), (110, 130, 150))  # a background's colour lies between these
+WAVES = 0.015  # the highest frequency of a background's brightness, waves a pixel
+PAN = 0.8  # standard deviation of a background's speed along x and y, pixels a frame
+MIDDLE, RADIUS = (16, 48), (15, 24)  # bounds of the shape's x and y and of its radius, pixels
+SPEEDS = ((0.05, 0.1), (0.05, 0.1), (0.03, 0.06), (0.03, 0.06))  # sweeps, half turns a frame
 
 
-class World(NamedTuple):
-    """Options of the videos."""
-    light: bool = True  # goes on and off; otherwise it stays on
-    radius: tuple = RADIUS
-
-
-USUAL = World()
-
-
-def draw_video(number, seed=0, world=USUAL):
+def draw_video(number, seed=0):
     """Renders one video -> (uint8 (F, S, S, 3), {label set: class})."""
     random = np.random.default_rng((seed, number))
-    motion, sign, shape, body, end = (int(random.integers(n)) for n in (4, 2, 4, 4, 4))
-    step = np.arange(FRAMES) * (1 - 2 * sign)  # forwards or backwards
-    x, y = random.uniform(0, SIZE, 2)
-    angle = random.uniform(0, 2 * np.pi)
-    phase = random.uniform()  # of the radius between its bounds
-    speed = random.uniform(*SPEEDS[motion])
-    quantities = (x, y, angle, phase)  # motion i changes the i-th of them only
-    x, y, angle, phase = (q + (motion == i) * speed * step for i, q in enumerate(quantities))
-    radius = world.radius[0] + (world.radius[1] - world.radius[0]) * (phase % 1)
-    quantities = (x, y, angle, radius)  # to (F, 1, 1)
-    x, y, angle, radius = (np.broadcast_to(q, FRAMES)[:, None, None] for q in quantities)
-    pixel = np.arange(SIZE) + 0.5
-    dx = (pixel[None, None, :] - x + SIZE / 2) % SIZE - SIZE / 2  # (F, 1, S), on the torus
-    dy = (pixel[None, :, None] - y + SIZE / 2) % SIZE - SIZE / 2  # (F, S, 1)
+    motion, shape, colour = (int(random.integers(len(names))) for names in CLASSES.values())
+    x, y, angle, radius = place(random, motion)  # (F, 1, 1) each
+    pixel = np.arange(SIZE, dtype=np.float32) + 0.5
+    dx, dy = pixel[None, None, :] - x, pixel[None, :, None] - y  # (F, 1, S), (F, S, 1)
     # (F, S, S), in radii along the shape's own axes
     u = (dx * np.cos(angle) + dy * np.sin(angle)) / radius
     v = (dy * np.cos(angle) - dx * np.sin(angle)) / radius
     inside = np.clip(0.5 - _distance(SHAPES[shape], u, v) * radius, 0, 1)  # (F, S, S), soft edge
-    lit = (np.arange(FRAMES) + random.integers(100)) // random.integers(4, 13) % 2  # (F,), 0 or 1
-    background = np.array(BACKGROUNDS)[lit * world.light][:, None, None]  # (F, 1, 1)
-    video = np.full((FRAMES, SIZE, SIZE, 3), background[..., None], np.uint8)
-    shown = inside > 0  # few pixels
+    shown, video = inside > 0, background(random, pixel)
     inside = inside[shown][:, None]  # (pixels, 1)
-    background = np.broadcast_to(background, shown.shape)[shown][:, None]  # (pixels, 1)
-    palette = np.array(list(COLOURS.values()))
-    ink = np.where(u[shown][:, None] > 0.15, palette[end], palette[body])  # (pixels, 3)
-    video[shown] = (background * (1 - inside) + ink * inside).round()
-    return video, {"motion": motion, "direction": 2 * motion + sign, "appearance": 4 * body + end}
+    texture = 0.75 + 0.3 * wave(random, u[shown], v[shown], 0.35)[:, None]  # of radii
+    ink = np.float32(COLOURS[CLASSES["colour"][colour]]) * texture  # (pixels, 3)
+    video[shown] = video[shown] * (1 - inside) + ink * inside
+    video = video.clip(0, 255).round().astype(np.uint8)
+    return video, {"motion": motion, "appearance": shape, "colour": colour}
+
+
+def place(random, motion):
+    """The shape's x, y, angle and radius in every frame -> float32 (F, 1, 1) each.
+
+    A motion changes one of them. x, y and radius sweep to and fro between two bounds.
+    """
+    step = (np.arange(FRAMES) - FRAMES // 2) * random.choice((-1, 1))
+    moments = []
+    for i, bounds in enumerate((MIDDLE, MIDDLE, None, RADIUS)):
+        start, speed = random.uniform(0, 2), random.uniform(*SPEEDS[i]) * (i == motion)
+        moment = np.float32(start + speed * step)[:, None, None]
+        if bounds:
+            moment = bounds[0] + (bounds[1] - bounds[0]) * abs(moment % 2 - 1)
+        moments.append(moment if bounds else np.pi * moment)
+    return moments
+
+
+def background(random, pixel):
+    """A smooth texture that pans -> float32 (F, S, S, 3). pixel: centres of the pixels, (S,)."""
+    step = np.arange(FRAMES, dtype=np.float32)[:, None, None]
+    vx, vy = np.float32(random.normal(0, PAN, 2))
+    x, y = pixel[None, None, :] - vx * step, pixel[None, :, None] - vy * step
+    light = 0.85 + 0.2 * (wave(random, x, y, WAVES) + wave(random, x, y, WAVES))  # (F, S, S)
+    tint = 0.5 + 0.5 * wave(random, x, y, WAVES / 2)
+    one, other = np.float32(GROUNDS)
+    return (other + tint[..., None] * (one - other)) * light[..., None]
+
+
+def wave(random, x, y, most):
+    """A plane wave of random direction and phase in -1..1. most: its highest frequency."""
+    fx, fy, phase = np.float32([*random.uniform(-most, most, 2), random.uniform()])
+    return np.cos(np.float32(2 * np.pi) * (fx * x + fy * y + phase))
 
 
 def _distance(shape, u, v):
@@ -106,12 +113,12 @@ def _distance(shape, u, v):
     return np.maximum.reduce(sides)
 
 
-def write_videos(numbers, folder, seed, world):
+def write_videos(numbers, folder, seed):
     """Renders some videos and encodes each into a file -> their labels [{label set: class}].
 
     One ffmpeg writes all of them, as it takes longer to start than to encode.
     """
-    videos, labels = zip(*(draw_video(number, seed, world) for number in numbers))
+    videos, labels = zip(*(draw_video(number, seed) for number in numbers))
     paths = [folder / f"{number:05d}.mp4" for number in numbers]
     parts = [part_of(path) for path in paths]
     graph, outputs = f"split={len(videos)}" + "".join(f"[{i}]" for i in range(len(videos))), []
@@ -138,7 +145,7 @@ def write_videos(numbers, folder, seed, world):
     return labels
 
 
-def make(root, splits=None, seed=0, workers=None, world=USUAL, wanted=None):
+def make(root, splits=None, seed=0, workers=None, wanted=None):
     """Writes the world: root/videos/*.mp4, root/<label set>/<split>.txt and classes.txt,
     root/toy.json and root/toy.png. Returns root.
 
@@ -146,10 +153,7 @@ def make(root, splits=None, seed=0, workers=None, world=USUAL, wanted=None):
     Raises UserError if root holds another world.
     """
     root, splits = Path(root), splits or SPLITS
-    settings = {"seed": seed, "splits": splits}
-    if world != USUAL:
-        settings["world"] = world._asdict()
-    record, asked = root / "toy.json", json.dumps(settings)
+    record, asked = root / "toy.json", json.dumps({"seed": seed, "splits": splits})
     if record.is_file() and (old := record.read_text(errors="replace")) != asked:
         raise UserError(f"{root} was made with {old}, not {asked}: "
                         f"choose another folder or delete it")
@@ -157,12 +161,12 @@ def make(root, splits=None, seed=0, workers=None, world=USUAL, wanted=None):
     if missing:
         if not record.is_file():
             with whole(root / "toy.png") as file:  # first: something to look at
-                imageio.imwrite(file, picture(seed, world), format="png")
+                imageio.imwrite(file, picture(seed), format="png")
             print(f"{root / 'toy.png'}: eight videos of the toy world, which is now written",
                   flush=True)
             write_text(record, asked)
         with writing(root / "videos"):
-            write_splits(root, splits, missing, seed, workers, world)
+            write_splits(root, splits, missing, seed, workers)
     return root
 
 
@@ -172,13 +176,13 @@ def finished(root, splits=SPLITS):
     return all((Path(root) / last / f"{split}.txt").is_file() for split in splits)
 
 
-def write_splits(root, splits, missing, seed, workers, world):
+def write_splits(root, splits, missing, seed, workers):
     (root / "videos").mkdir(exist_ok=True)
     first = dict(zip(splits, accumulate(splits.values(), initial=0)))  # {split: its first number}
     numbers = [number for split in missing
                for number in range(first[split], first[split] + splits[split])]
     groups = [numbers[i:i + 32] for i in range(0, len(numbers), 32)]
-    write = partial(write_videos, folder=root / "videos", seed=seed, world=world)
+    write = partial(write_videos, folder=root / "videos", seed=seed)
     workers = workers or os.cpu_count()
     with ProcessPoolExecutor(workers, initializer=end_with, initargs=(os.getpid(),)) as pool:
         written = progress(pool.map(write, groups), "toy videos", len(groups), " x 32 videos")
@@ -208,16 +212,16 @@ def split_videos(root, split):
     return [(path, {name: lists[name][i][1] for name in CLASSES}) for i, path in enumerate(paths)]
 
 
-def picture(seed=0, world=USUAL):
-    """Eight videos, one of each direction, six moments each -> uint8 (rows, columns, 3)."""
-    rows, number = {}, 0
-    while len(rows) < len(DIRECTIONS):
-        video, labels = draw_video(number, seed, world)
+def picture(seed=0):
+    """Eight videos, two of each motion, six moments each -> uint8 (rows, columns, 3)."""
+    rows, number = {motion: [] for motion in range(len(MOTIONS))}, 0
+    while min(map(len, rows.values())) < 2:
+        video, labels = draw_video(number, seed)
         margin = ((0, 0), (0, 4), (0, 4), (0, 0))
         row = np.pad(video[:18:3], margin, constant_values=255)  # (6, S + 4, S + 4, 3)
-        rows.setdefault(labels["direction"], row.swapaxes(0, 1).reshape(SIZE + 4, -1, 3))
+        rows[labels["motion"]].append(row.swapaxes(0, 1).reshape(SIZE + 4, -1, 3))
         number += 1
-    left, right = (np.concatenate([rows[d] for d in range(first, 8, 2)]) for first in (0, 1))
+    left, right = (np.concatenate([videos[i] for videos in rows.values()]) for i in (0, 1))
     gap = np.full((len(left), 12, 3), 255, np.uint8)
     return np.concatenate([left, gap, right], axis=1)
 

@@ -1,16 +1,11 @@
-"""What pre-training gives on the toy world, over seeds: the README's figures.
+"""What the default commands give on the toy world, over three seeds and two precisions.
 
-    python benchmarks/toy_results.py    about five hours on two slow cores; prints a table
+    python benchmarks/toy_results.py    about forty minutes on two cores; prints the README's table
 
 Each run is a process of one thread, so that it gives the same numbers on any number of cores; as
 many run at a time as there are cores. Each result goes to benchmarks/toy_results.json as soon as
-its run ends, with the commit and the versions. Runs that are in the file are not run again, so that
-the benchmark can be stopped and started again; delete an entry to repeat its run.
-
-Fine-tuning takes 600 steps on 400 labelled videos, 150 on fewer. From scratch it takes four times
-as many: the paper has 1.5 to 4 times the epochs (Table 4). The learning rate from scratch is chosen
-on the validation split, with seed 0 on motion: first with 100 labels, for all smaller numbers of
-labels; then with 400, among the rates up to that one. All other figures are of the test split.
+its run ends, with the commit and the versions. Runs that are in the file are not run again; delete
+an entry to repeat its run.
 """
 import argparse
 import concurrent.futures
@@ -33,12 +28,10 @@ from plumbing.cli import progress
 from plumbing.files import write_text
 from plumbing.runs import read_metrics
 from plumbing.store import TokenStore
+from plumbing.versions import commit
 
-SEEDS, TASKS, FEW = (0, 1, 2), ("motion", "appearance"), (25, 50, 100)
+SEEDS, TASKS = (0, 1, 2), ("motion", "appearance")
 RESULTS = ROOT / "benchmarks/toy_results.json"
-PRETRAINED_RATE = 1e-3  # finetune.py's default
-SCRATCH_RATES = (5e-4, 1e-3, 2e-3, 4e-3)  # those tried from scratch
-
 
 # ---------------------------------------------------------------- one run
 
@@ -56,37 +49,39 @@ def script(*argv):
 def train(name, out, *argv):
     """Runs one of the two training scripts in a new folder -> its output."""
     shutil.rmtree(out, ignore_errors=True)  # of a run that was stopped
-    return script(name, "--out", out, *argv)
+    return script(name, "--out", out, "--device", "cpu", *argv)
 
 
-def pretrain(seed):
-    """-> {figure: number} of the held-out or validation videos, all but the loss in percent."""
-    out = f"runs/seed-{seed}"
-    train("pretrain.py", out, "--seed", seed, "--precision", "fp32")
+def measure(seed, precision):
+    """Pre-training and, in float32, what its model is worth -> {figure: number}, in percent."""
+    out, settings = f"runs/{precision}-{seed}", ("--seed", seed, "--precision", precision)
+    train("pretrain.py", out, *settings)
     measured = [record for record in read_metrics(out) if "held_out_mask_accuracy" in record]
-    first, last = measured[0], measured[-1]
-    figures = {"mask accuracy": 100 * last["held_out_mask_accuracy"],
-               "contrastive loss": last["held_out_contrastive_loss"]}
-    for name in (*TASKS, "direction"):
-        figures[f"kNN {name}"] = 100 * last[f"knn_{name}"]
-        figures[f"kNN {name}, untrained"] = 100 * first[f"knn_{name}"]
+    figures = {"mask accuracy": 100 * measured[-1]["held_out_mask_accuracy"],
+               "contrastive loss": measured[-1]["held_out_contrastive_loss"]}
+    for task in TASKS if precision == "fp32" else ():
+        tune = "finetune.py", f"{out}-{task}", "--checkpoint", f"{out}/last.pt", "--labels", task
+        figures[f"fine-tuned, {task}"] = top_1(train(*tune, *settings))
+        for name, flags in (("probe", []), ("probe, untrained", ["--from-scratch"])):
+            said = train(*tune, *settings, "--freeze-backbone", *flags)
+            figures[f"{name}, {task}"] = top_1(said)
     return figures
 
 
-def finetune(labels, kind, few, seed, lr, split="test"):
-    """-> top-1 in percent. kind: "pre-trained" or "from scratch". few: labelled videos, 0: all."""
-    scratch = kind == "from scratch"
-    steps = (150 if few else 600) * (4 if scratch else 1)
-    name = f"{labels}-{kind}-{few}-{seed}-{lr}-{split}".replace(" ", "-")
-    printed = train(
-        "finetune.py", f"runs/toy-results/{name}", "--checkpoint", f"runs/seed-{seed}/last.pt",
-        "--seed", seed, "--labels", labels, "--num-labels", few, "--eval-split", split,
-        "--lr", lr, "--steps", steps, "--precision", "fp32", *["--from-scratch"] * scratch)
-    return float(re.search(r"top-1 ([\d.]+)%", printed)[1])
+def from_scratch(task, seed):
+    """The same sizes from random weights, for four times the steps -> {"from scratch": percent}."""
+    said = train("finetune.py", f"runs/scratch-{task}-{seed}", "--checkpoint", "runs/world/last.pt",
+                 "--labels", task, "--seed", seed, "--precision", "fp32", "--from-scratch")
+    return {f"from scratch, {task}": top_1(said)}
 
 
-def one_frame(labels, seed):
-    return float(script("benchmarks/toy_results.py", "--one-frame", labels, seed))
+def top_1(output):
+    return float(re.search(r"top-1 ([\d.]+)%", output)[1])
+
+
+def one_frame(task, seed):
+    said = script("benchmarks/toy_results.py", "--one-frame", task, seed)
+    return {f"one frame, {task}": float(said)}
 
 
 def single_frame(labels, seed):
@@ -130,114 +125,59 @@ def read():
     return json.loads(RESULTS.read_text()) if RESULTS.is_file() else {}
 
 
-def is_missing(name, job):
-    """Whether a run must still be made. Fine-tuning needs the checkpoints of pre-training."""
-    function, arguments = job
-    if name not in read():
-        return True
-    return function is pretrain and not Path(f"runs/seed-{arguments[0]}/last.pt").is_file()
-
-
-def versions():
-    """The commit and the versions that a result comes from."""
-    git = subprocess.check_output(["git", "rev-parse", "--short", "HEAD"], cwd=ROOT, text=True)
-    changed = subprocess.run(["git", "diff", "--quiet", "HEAD", "--", "*.py"], cwd=ROOT,
-                             check=False).returncode
-    return {"commit": git.strip() + "-dirty" * bool(changed), "torch": torch.__version__,
-            "numpy": np.__version__, "python": sys.version.split()[0]}
-
-
 def run(jobs):
     """Runs the missing jobs {name: (function, arguments)}, and saves each result as it ends."""
-    origin = versions()
-    missing = {name: job for name, job in jobs.items() if is_missing(name, job)}
+    origin = {"commit": commit(), "torch": torch.__version__, "numpy": np.__version__,
+              "python": sys.version.split()[0]}
     with concurrent.futures.ThreadPoolExecutor(os.cpu_count()) as pool:
         names = {pool.submit(function, *arguments): name
-                 for name, (function, arguments) in missing.items()}
+                 for name, (function, arguments) in jobs.items() if name not in read()}
         ended = concurrent.futures.as_completed(names)
         for done in progress(ended, "runs", len(names), " runs"):
-            result = done.result()
-            print(f"{names[done]}: {result}", flush=True)
-            results = {**read(), names[done]: {"result": result, **origin}}
+            results = {**read(), names[done]: {"result": done.result(), **origin}}
             write_text(RESULTS, json.dumps(results, indent=1) + "\n")
 
 
-def grid(few):
-    """Jobs that measure the learning rates from scratch on the validation split."""
-    # with more labels, lower rates are better
-    most = max(SCRATCH_RATES) if few else best_from_scratch(100)
-    return {f"validation, from scratch, {few or 400} labels, lr {lr}":
-            (finetune, ("motion", "from scratch", few, 0, lr, "val"))
-            for lr in SCRATCH_RATES if lr <= most}
-
-
-def best_from_scratch(few):
-    """The learning rate that did best on the validation split."""
-    results = read()
-    name = max(grid(100 if few else 0), key=lambda name: results[name]["result"])
-    return float(name.split()[-1])
-
-
-def finetuning(kind, few, seeds=SEEDS):
-    """Jobs that fine-tune with so many labels."""
-    lr = PRETRAINED_RATE if kind == "pre-trained" else best_from_scratch(few)
-    return {f"{labels}, {kind}, {few or 400} labels, seed {seed}":
-            (finetune, (labels, kind, few, seed, lr))
-            for labels in TASKS for seed in seeds}
-
-
 def run_all():
-    """Runs all that is missing, in an order in which all cores have work."""
-    pretraining, pretrained = {}, {}
-    for seed in SEEDS:
-        pretraining[seed] = {f"pre-training, seed {seed}": (pretrain, (seed,))}
-        pretrained[seed] = {}
-        for few in (*FEW, 0):
-            pretrained[seed] |= finetuning("pre-trained", few, [seed])
-    frames = {f"{labels}, one frame, seed {seed}": (one_frame, (labels, seed))
-              for labels in TASKS for seed in SEEDS}
-    run(pretraining[0] | pretraining[1])
-    run(pretraining[2] | frames | pretrained[0] | pretrained[1])
-    run(pretrained[2] | grid(100))
-    few_labels = {}
-    for few in FEW:
-        few_labels |= finetuning("from scratch", few)
-    run(few_labels | grid(0))
-    run(finetuning("from scratch", 0))
+    jobs = {f"fp32, seed {seed}": (measure, (seed, "fp32")) for seed in SEEDS}
+    jobs |= {f"bf16, seed {seed}": (measure, (seed, "bf16")) for seed in SEEDS}
+    for function in (one_frame, from_scratch):
+        jobs |= {f"{function.__name__}, {task}, seed {seed}": (function, (task, seed))
+                 for task in TASKS for seed in SEEDS}
+    run(jobs)
 
 
-# ---------------------------------------------------------------- the table
+# ---------------------------------------------------------------- the tables
 
-# (row, name of its results, which of their figures)
-ROWS = [(f"{kind}, {few or 400} labels", f"{{labels}}, {kind}, {few or 400} labels, seed {{seed}}",
-         None) for few in (0, *reversed(FEW)) for kind in ("pre-trained", "from scratch")]
-ROWS += [("one frame, 2,000 labels", "{labels}, one frame, seed {seed}", None),
-         ("kNN on CLS, pre-trained", "pre-training, seed {seed}", "kNN {labels}"),
-         ("kNN on CLS, untrained", "pre-training, seed {seed}", "kNN {labels}, untrained")]
+ROWS = {"fine-tuned": "fine-tuned", "from scratch": "the same from scratch, 4 times the steps",
+        "probe": "linear probe", "probe, untrained": "linear probe of an untrained model",
+        "one frame": "a network that sees one frame, 2,000 labels"}
 
 
-def cell(results, name, figure, labels):
-    """Mean and standard deviation over the seeds, as text. results: those of `read`."""
-    names = [name.format(labels=labels, seed=seed) for seed in SEEDS]
-    values = [results[name]["result"] for name in names if name in results]
-    if figure:
-        values = [result[figure.format(labels=labels)] for result in values]
-    if not values:
-        return ""
-    spread = f" +- {np.std(values, ddof=1):.1f}" if len(values) > 1 else ""
-    seeds = "" if len(values) == len(SEEDS) else f" ({len(values)} of {len(SEEDS)} seeds)"
-    return f"{np.mean(values):.1f}{spread}{seeds}"
+def values(figure, beginning=""):
+    """A figure of all results whose names begin so -> [number]."""
+    results = [entry["result"] for name, entry in read().items() if name.startswith(beginning)]
+    return [result[figure] for result in results if figure in result]
+
+
+def span(numbers, digits=1):
+    """The range of some numbers, as text."""
+    if not numbers:
+        return "-"
+    low, high = (f"{number:.{digits}f}" for number in (min(numbers), max(numbers)))
+    return low if low == high else f"{low} to {high}"
 
 
 def table():
-    """The table of docs/results.md, in markdown, of the rows that were measured -> [line]."""
-    results = read()
-    lines = ["| top-1 in percent | motion (4 classes) | appearance (16 classes) |",
-             "| --- | --- | --- |"]
-    for row, name, figure in ROWS:
-        cells = [cell(results, name, figure, labels) for labels in TASKS]
-        if any(cells):
-            lines.append(f"| {row} | {' | '.join(cells)} |")
+    """The README's tables, in markdown: ranges over the seeds -> [line]."""
+    lines = ["| pre-training | mask accuracy, percent | contrastive loss |", "| --- | --- | --- |"]
+    lines += [f"| {name} | {span(values('mask accuracy', precision))} | "
+              f"{span(values('contrastive loss', precision), 3)} |"
+              for name, precision in (("float32", "fp32"), ("bfloat16", "bf16"))]
+    lines += ["", "| top-1 in percent, float32 | motion | appearance |", "| --- | --- | --- |"]
+    for row, name in ROWS.items():
+        cells = [span(values(f"{row}, {task}")) for task in TASKS]
+        lines.append(f"| {name} | {' | '.join(cells)} |")
     return lines
 
 
@@ -250,7 +190,7 @@ def main():
     if asked:
         return print(single_frame(asked[0], int(asked[1])))
     # makes the toy world, once for all runs
-    train("pretrain.py", "runs/toy-results/world", "--steps", 1, "--knn-every", 1)
+    train("pretrain.py", "runs/world", "--steps", 1, "--knn-every", 1)
     run_all()
     print("\n".join(table()))
 

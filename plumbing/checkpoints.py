@@ -111,8 +111,8 @@ def restore(path, model, optimizer, scaler, header, steps):
     if "optimizer" not in checkpoint:
         raise UserError(f"{path} is no checkpoint of a run of this project")
     if checkpoint["step"] > steps:
-        raise UserError(f"{path} has done {checkpoint['step']} steps, more than the {steps} of this "
-                        f"schedule: give more --steps or --epochs")
+        raise UserError(f"{path} has done {checkpoint['step']} steps, the schedule has {steps}: "
+                        f"give more --steps or --epochs")
     check_tokenizer(path, checkpoint["tokens"], header)
     check_transformer(path, checkpoint["transformer"], model.backbone.config)
     model.backbone.config.init_std = checkpoint["transformer"]["init_std"]

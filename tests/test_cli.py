@@ -186,7 +186,7 @@ def defaults(module, *argv):
     (pretrain, [], {"lr": "0.004", "layers": "3", "preset": "toy", "out": "runs/toy"}),
     (pretrain, ["--preset", "small"], {"lr": "0.001", "layers": "6", "preset": "small"}),
     (pretrain, ["--preset=large"], {"lr": "0.0003", "layers": "24"}),
-    (finetune, [], {"epochs": "24.0", "out": "runs/finetune-motion"}),
+    (finetune, [], {"epochs": "12.0", "out": "runs/finetune-motion"}),
     (finetune, ["--dataset", "ucf101"], {
         "split": "1", "data": "tokens/ucf101", "epochs": "50.0",
         "lr": "by the model's width"})])

@@ -79,7 +79,7 @@ def test_labels_from_scratch_and_another_split(workplace):
 
 
 @pytest.mark.parametrize("argv, message", [
-    (["--labels", "smell"], "appearance, direction, motion"), (["--data", "nowhere"], "nowhere"),
+    (["--labels", "smell"], "appearance, colour, motion"), (["--data", "nowhere"], "nowhere"),
     (["--checkpoint", "none.pt"], "none.pt"), (["--eval-only"], "no classifier"),
     (["--fps", "-1"], "--fps"), (["--batch", "0"], "--batch"), (["--few", "1"], "--num-labels"),
     (["--num-labels", "-1"], "--num-labels"),
