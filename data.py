@@ -21,7 +21,7 @@ from plumbing.decoding import (  # noqa: F401 (data.read_frames)
     read_frames,
     stream_views,
 )
-from plumbing.processes import ignore_stop_signals
+from plumbing.processes import ignore_stop_signals, rank_and_world
 from plumbing.store import TokenStore, cut
 
 FRAME_BYTES = 10 * PIECE  # of frames held while a video is read for `sample_frames`
@@ -231,6 +231,13 @@ class Batches:
             batch = order[index * self.batch:(index + 1) * self.batch]
             chosen = batch[self.rank::self.world]
             yield [(int(video), epoch) for video in chosen]
+
+
+def share(count, at_once):
+    """This process's numbers of 0..count-1, so many at a time -> [int64 (at most at_once,)]."""
+    rank, world = rank_and_world()
+    mine = torch.arange(count)[rank::world]
+    return list(mine.split(at_once)) if len(mine) else []
 
 
 def load(samples, batches, workers):

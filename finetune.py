@@ -1,8 +1,7 @@
 """Fine-tunes a pre-trained model on labelled videos, and tests it.
 
     python finetune.py                                     the toy model just made, on motion
-    python finetune.py --labels appearance                 the toy's other task
-    python finetune.py --from-scratch                      the same sizes, random weights
+    python finetune.py --labels appearance --from-scratch  its other task; random weights
     python finetune.py --freeze-backbone                   a linear probe of the frozen features
     python finetune.py --videos DIR --checkpoint runs/mine/last.pt      labelled videos
     python finetune.py --checkpoint classifier.pt --dataset ucf101 --split 1 --data tokens/ucf101
@@ -39,7 +38,7 @@ from prepare import open_stores, pick_labels, tokenise_labelled
 from probe import probe_videos
 from transformer import VideoTransformer, load_backbone
 
-PAPER = dict(data="", batch=128, labels="label", workers=4)
+PAPER = dict(data="", batch=128, labels="label", workers=4, val_every=1000)
 PRESETS = {
     "toy": {},  # the defaults below
     "own": dict(data="", labels="label", epochs=50.0, workers=4)}  # small batches: few videos
@@ -90,12 +89,14 @@ class Config(runs.RunSettings):
             raise UserError("--from-scratch --eval-only: there is nothing to test without training")
         if self.videos and self.dataset != "own":
             raise UserError(f"--videos is for --dataset own, not {self.dataset}")
-        if self.freeze_backbone and self.eval_only:
-            raise UserError("give --freeze-backbone or --eval-only, not both")
+        if self.freeze_backbone and (self.eval_only or self.resume or self.predict):
+            raise UserError("--freeze-backbone goes with none of --eval-only, --resume, --predict")
+        if not self.predict and (self.csv or self.draw):
+            raise UserError("--csv and --draw are for --predict")
         name = self.labels
         if self.dataset != "toy":
             name = f"{self.dataset}-split{self.split}" if self.split else self.dataset
-        kind = "probe" if self.freeze_backbone else "finetune"
+        kind = "probe" if self.freeze_backbone else "eval" if self.eval_only else "finetune"
         usual = f"runs/{kind}-{name}{'-scratch' if self.from_scratch else ''}"
         if not self.checkpoint:
             best = "best" if Path(usual, "best.pt").is_file() else "last"
@@ -173,8 +174,7 @@ def forward_backward(config, model, scaler, clips, classes, pad):
 
     clips: int64 (n, T, H, W). classes: int64 (n,). pad: the id of PAD.
     """
-    n, size, means = len(clips), config.micro_batch, []
-    device = next(model.parameters()).device
+    n, size, means, device = len(clips), config.micro_batch, [], next(model.parameters()).device
     for i in range(0, n, size):
         part, truth = clips[i:i + size], move(classes[i:i + size], device)
         has_pad = bool((part == pad).any())
@@ -192,6 +192,7 @@ def train(config, model, store, labels, device, origin, val=None):
     """Fine-tunes `model` on a label set of a TokenStore. origin: see `predict.origin`.
 
     val: a TokenStore to choose the best checkpoint by, best.pt, whose weights `model` ends with.
+    Returns its step, or None without val.
     """
     (rank, world), shape = rank_and_world(), model.backbone.config
     videos = data.few_labels(store.labels(labels), config.num_labels, config.seed)
@@ -234,8 +235,7 @@ def train(config, model, store, labels, device, origin, val=None):
             if stop:
                 break
     log.close(done, end, steps, stop)
-    if val:
-        checkpoints.load_best(model, Path(config.out) / "best.pt")
+    return checkpoints.load_best(model, Path(config.out) / "best.pt") if val else None
 
 
 def resolve_batch(config, videos, world):
@@ -269,14 +269,14 @@ def evaluate(model, store, config, device, count=None, show=True):
     Each process tests every world-th video, so that each video counts exactly once.
     count: clips of each view (default: config.clips).
     """
-    rank, world = rank_and_world()
     model.eval()
     stride, count = data.stride_for(store, config.fps), count or config.clips
     clips = data.EvenClips(store, model.backbone.config.frames, stride, count)
     at_once = max(1, 64 // (store.views * count))  # videos
-    batches = torch.arange(rank, len(store), world).split(at_once)
+    batches = data.share(len(store), at_once)
     loader = data.load(clips, [numbers.tolist() for numbers in batches], config.workers)
-    bar = progress(loader, "testing", len(batches), " batches", show=show and rank == 0)
+    bar = progress(loader, "testing", len(batches), " batches",
+                   show and rank_and_world()[0] == 0)
     p = torch.zeros(len(store), model.classifier.out_features, device=device)
     for numbers, batch in zip(batches, bar):
         parts = batch.flatten(0, 1).split(4 * config.micro_batch or 64)
@@ -288,7 +288,7 @@ def evaluate(model, store, config, device, count=None, show=True):
 
 
 def validate(model, store, labels, config, device):
-    """Top-1 accuracy of the middle clip of each video, in the middle of training -> float."""
+    """Top-1 accuracy of the middle clip of each view, in the middle of training -> float."""
     with torch.compiler.set_stance("force_eager"):  # other shapes: not worth a compilation
         p = evaluate(model, store, config, device, count=1, show=False)
     model.train()
@@ -322,7 +322,9 @@ def main():
     if config.videos:
         tokenise_labelled(config, backbone, device)
     stores, val = open_stores(config)
-    labels, names = pick_labels(stores, config.labels)
+    learnt = checkpoints.read_checkpoint(config.checkpoint).get("tokens", {})
+    labels, names = pick_labels({**stores, **({"val": val} if val else {})}, config.labels,
+                                learnt.get("classes") if config.eval_only else None)
     model = build(config, backbone, stores, len(names)).to(device)
     store, more = stores[config.eval_split], {}
     if not config.eval_only:
@@ -330,14 +332,15 @@ def main():
         say(f"{videos} videos, {describe(model.backbone, device)}")
         more["training_videos"] = videos
     if config.freeze_backbone:
+        runs.claim_folder(config)
         p = probe_videos(config, model.backbone, stores, labels, len(names))  # (videos, C)
     else:
         if not config.eval_only:
             n = resolve_batch(config, videos, rank_and_world()[1])
             fit_to_device(config, model, n, device, try_out)
-            learnt = checkpoints.read_checkpoint(config.checkpoint).get("tokens", {})
-            origin = predict.origin(store, learnt.get("tokenizer"), labels=labels, classes=names)
-            train(config, model, stores["train"], labels, device, origin, val)
+            origin = predict.origin(store, config.tokenizer or learnt.get("tokenizer"),
+                                    labels=labels, classes=names)
+            more["best_step"] = train(config, model, stores["train"], labels, device, origin, val)
         p = evaluate(model, store, config, device).cpu()  # (videos, C)
     processes.leave_group()
     report(config, store, p, labels, names, more)

@@ -96,10 +96,9 @@ def clip_features(backbone, store, fps, batch=64):
                         f"{config.vocab_size}")
     stride, view = data.stride_for(store, fps), store.center_view()
     middle = data.EvenClips(store, config.frames, stride, 1, [view])
-    rank, world = rank_and_world()
     features = torch.zeros(len(store), config.dim, device=device)
     backbone.eval()
-    for videos in torch.arange(rank, len(store), world).split(batch):
+    for videos in data.share(len(store), batch):
         clips = np.concatenate([middle[video] for video in videos.tolist()])  # (batch, T, H, W)
         cls, _ = backbone(torch.from_numpy(clips).to(device))
         features[videos] = F.normalize(cls.float(), dim=1)
@@ -173,7 +172,8 @@ def draw_fill_in(config, model, store, tokenizer):
     save_fill_in(pictures, names, path, " (held-out videos)" if held_out else "")
     from torch.utils.tensorboard import SummaryWriter  # slow to import
     with SummaryWriter(config.out) as board:
-        board.add_image("fill_in", imageio.imread(f"{path}.png"), dataformats="HWC")
+        step = read_metrics(config.out)[-1]["step"]
+        board.add_image("fill_in", imageio.imread(f"{path}.png"), step, dataformats="HWC")
     return True
 
 
@@ -214,7 +214,7 @@ def fill_in_clip(model, tokenizer, clip, original, config, generator):
     tokens = clip[None]  # (1, T, H, W)
     pad = tokens == vocab_size + PAD
     decoded = tokenizer.decode(tokens.masked_fill(pad, 0)[0]).cpu().numpy()
-    mask = moving_mask(decoded, clip.shape, config, generator)
+    mask = moving_mask(decoded, ~pad[0], config, generator)
     inputs = masking.hide(tokens, mask, vocab_size, config.noise, generator)
     mask = masking.union(mask) & ~pad
     hidden = mask.flatten().nonzero().squeeze(1)  # (M,)
@@ -229,16 +229,18 @@ def fill_in_clip(model, tokenizer, clip, original, config, generator):
     return rows
 
 
-def moving_mask(frames, shape, config, generator, draws=32):
+def moving_mask(frames, kept, config, generator, draws=32):
     """Of several masks for a clip, the one that hides most of what moves.
 
     Plain background, which is easily filled in, says little about a model.
-    frames: uint8 (T, S, S, 3). shape: (T, H, W). -> a mask as returned by a function in KINDS.
+    frames: uint8 (T, S, S, 3). kept: bool (T, H, W), False = PAD. -> a mask as returned by a
+    function in KINDS.
     """
     draw = masking.KINDS[config.mask]
-    masks = [draw(1, shape, config.mask_ratio, config.blocks, generator) for _ in range(draws)]
+    masks = [draw(1, kept.shape, config.mask_ratio, config.blocks, generator) for _ in range(draws)]
     change = torch.from_numpy(frames).float().mean(dim=3).diff(dim=0).abs()  # (T - 1, S, S)
-    change = F.pad(F.adaptive_avg_pool2d(change, shape[1:]), (0, 0, 0, 0, 1, 0))  # (T, H, W)
+    change = F.adaptive_avg_pool2d(change, kept.shape[1:])  # (T - 1, H, W)
+    change = F.pad(change, (0, 0, 0, 0, 1, 0)) * kept  # (T, H, W)
     return max(masks, key=lambda mask: (masking.union(mask)[0] * change).sum().item())
 
 

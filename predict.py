@@ -176,6 +176,7 @@ def save_features(config, backbone):
     tokenizer, made, _ = read_origin(config, backbone)
     stride = max(1, round(made["fps"] / clip_fps(config.checkpoint)))
     views, names, features = [(made["size"], "center", False)], [], []
+    try_folder(Path(config.features).parent)
     backbone.eval()
     for path, (tokens,), _ in each_video([config.videos], tokenizer, made, views):
         clips = data.even_clips(tokens, backbone.config.frames, stride, CLIPS, tokenizer.vocab_size)
@@ -217,7 +218,7 @@ def predict(config, model):
     count = trained.get("clips", config.clips)
     stride = max(1, round(made["fps"] / clip_fps(config.checkpoint, config.fps)))
     classes = model.classifier.out_features
-    names = made.get("classes") or [f"class {i}" for i in range(classes)]
+    names = list(map(printed, made.get("classes") or [f"class {i}" for i in range(classes)]))
     center = next((i for i, view in enumerate(made["views"]) if view[1] == "center"), 0)
     videos, chances, taken = [], [], []
     model.eval()
@@ -237,7 +238,7 @@ def predict(config, model):
             numbers = np.array(sorted(frames))[data.spread(8, len(frames))]
             pixels = np.stack([frames[number] for number in numbers])
             draw_prediction(pixels, tokens[center][numbers], numbers / made["fps"], lines, out,
-                            f"{printed(path.name)}: {text.split(',')[0]}")
+                            f"{printed(path.name)}: {names[best[0]]} {percent[0]:.1f}%")
             print(printed(out))
     if config.csv:
         write_predictions(config.csv, videos, torch.stack(chances), names)

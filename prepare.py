@@ -118,6 +118,7 @@ def tokenise_labelled(config, backbone, device):
     They are tokenised like those that the model was trained on. Tokens that are there are kept.
     """
     tokenizer, made, _ = predict.read_origin(config, backbone.to(device))
+    config.tokenizer = made["tokenizer"]  # as used
     splits, classes = broadcast(by_first(labelled_splits, config.videos))
     for split, videos in splits.items():
         vqvae.tokenize(tokenizer, videos, config.videos, Path(config.data) / split, made["fps"],
@@ -156,10 +157,11 @@ def open_stores(config):
     return stores, val
 
 
-def pick_labels(stores, wanted):
+def pick_labels(stores, wanted, learnt=None):
     """The label set and the names of its classes -> name, [class].
 
-    Where a store has one set only, the default names stand for it.
+    Where a store has one set only, the default names stand for it. learnt: the classes that a
+    model to test has learnt, if known. Raises UserError if the stores have others.
     """
     first = next(iter(stores.values()))
     sets = first.label_sets()
@@ -167,6 +169,8 @@ def pick_labels(stores, wanted):
     labels = [store.labels(name) for store in stores.values()]
     largest = max(int(values.max()) for values in labels)
     names = (first.header["classes"] or {}).get(name) or [str(i) for i in range(largest + 1)]
+    if learnt and learnt != names:
+        raise UserError(f"{first.path} has other classes than the model was fine-tuned on")
     if any(int(values.min()) < 0 for values in labels):
         paths = ", ".join(str(store.path) for store in stores.values())
         raise UserError(f"some videos of {paths} have no label {name!r}")

@@ -39,15 +39,15 @@ def video_features(backbone, store, videos, fps, count, precision, workers=0):
     each view. Processes divide the videos. The mean of the features gives a linear classifier the
     mean of the clips' logits.
     """
-    (rank, world), backbone = rank_and_world(), backbone.eval()
+    backbone = backbone.eval()
     stride = data.stride_for(store, fps)
     clips = data.EvenClips(store, backbone.config.frames, stride, count)
-    mine = torch.arange(rank, len(videos), world).split(max(1, 64 // (store.views * count)))
+    mine = data.share(len(videos), max(1, 64 // (store.views * count)))
     loader = data.load(clips, [videos[numbers.numpy()].tolist() for numbers in mine], workers)
     features = torch.zeros(len(videos), 2 * backbone.config.dim, device=backbone.cls.device)
     for numbers, batch in zip(mine, progress(loader, "features", len(mine), " batches",
-                                             show=rank == 0)):
-        parts = batch.flatten(0, 1).split(64)
+                                             show=rank_and_world()[0] == 0)):
+        parts = batch.flatten(0, 1).split(16)
         of_clips = torch.cat([clip_features(backbone, part, precision) for part in parts])
         features[numbers] = of_clips.unflatten(0, batch.shape[:2]).mean(dim=1)
     return sum_over_all(features).cpu()
@@ -75,7 +75,7 @@ def probe(features, labels, queries, classes):
     penalty is the one that predicts a fifth of the labelled videos best.
     """
     features, queries = features.double(), queries.double()
-    mean, deviation = features.mean(dim=0), features.std(dim=0) + 1e-6
+    mean, deviation = features.mean(dim=0), features.std(dim=0, correction=0) + 1e-6
     features, queries = (features - mean) / deviation, (queries - mean) / deviation
     order = torch.from_numpy(np.random.default_rng(0).permutation(len(features)))
     held_out, others = order[:len(order) // 5], order[len(order) // 5:]

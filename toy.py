@@ -153,7 +153,8 @@ def make(root, splits=None, seed=0, workers=None, wanted=None):
     Raises UserError if root holds another world.
     """
     root, splits = Path(root), splits or SPLITS
-    record, asked = root / "toy.json", json.dumps({"seed": seed, "splits": splits})
+    record = root / "toy.json"
+    asked = json.dumps({"world": "textured", "seed": seed, "splits": splits})
     if record.is_file() and (old := record.read_text(errors="replace")) != asked:
         raise UserError(f"{root} was made with {old}, not {asked}: "
                         f"choose another folder or delete it")

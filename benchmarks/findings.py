@@ -101,9 +101,9 @@ def flags(settings):
 
 
 def pretraining_config(changes, seed, out, device):
-    """changes: a row of a table, None for an untrained model."""
+    """changes: a row of a table, None for an untrained model: one step at rate 0."""
     usual = {**pretrain.PRESETS["toy"], **RECIPE}
-    recipe = {**usual, **({"steps": 1} if changes is None else changes)}
+    recipe = {**usual, **({"steps": 1, "warmup": 1.0} if changes is None else changes)}
     if recipe["batch"] != usual["batch"]:  # as many videos in all
         recipe["steps"] = math.ceil(usual["steps"] * usual["batch"] / recipe["batch"])
     recipe |= dict(seed=seed, out=out, micro_batch=recipe["batch"], knn_every=recipe["steps"],
@@ -123,7 +123,7 @@ def pretrained(changes, seed, out, device):
     shape = config.transformer(store.header["vocab_size"], store.height, store.width)
     model = pretrain.Vimpac(shape, config.projection_hidden, config.projection_layers).to(device)
     start = seconds(device)
-    pretrain.train(config, model, store, device, HOME / "tokens")  # one step at rate 0 for None
+    pretrain.train(config, model, store, device, HOME / "tokens")
     took = seconds(device) - start
     last = [record for record in read_metrics(out) if "held_out_loss" in record][-1]
     figures = {"seconds": round(took, 1), "speed": config.steps * config.batch / took,

@@ -54,11 +54,13 @@ def load_weights(model, weights, path):
 
 
 def load_best(model, path):
-    """Gives a model the weights of its run's best checkpoint, which the first process has saved."""
+    """Gives a model the weights of its run's best checkpoint, saved by the first process -> step.
+    """
     wait_for_all()
     content = read_checkpoint(path)
     load_weights(model, content["model"], path)
     say(f"testing {path}, the best on the validation videos, of step {content['step']}")
+    return content["step"]
 
 
 def rebuilt(kind, settings, path):

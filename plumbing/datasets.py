@@ -115,21 +115,30 @@ def own_splits(root):
 
     Where the folder has none, a fifth of each class is set apart, and a line says so.
     """
-    splits = {name: list_videos("own", root, name) for name in read_splits(Path(root))}
-    if "test" not in splits and "train" in splits:
-        splits["train"], splits["test"] = split_off(splits["train"])
+    splits = {name: list_videos("own", root, name)
+              for name, videos in read_splits(Path(root)).items() if videos}
+    if "train" not in splits:
+        raise UserError(f"{root} has no videos to train on: no train.txt, no folders of classes")
+    if "test" not in splits:
+        splits["train"], splits["test"] = split_off(splits["train"], root)
         print(f"{printed(root)} has no test split: testing on {len(splits['test'])} of its videos, "
-              f"a fifth of each class, drawn with seed 0")
+              f"a fifth of each class, chosen by their names")
+    if not splits["test"]:
+        raise UserError(f"{root} has one video of each class: none is left to test on")
     return splits
 
 
 def videos_to_pretrain_on(root):
     """All videos below a folder but those of its test split -> [path]. A line says how many."""
     paths, root = [path for path, _ in list_videos("folder", root, "")], Path(root)
-    if not (lists_videos(root / "test.txt") or all((root / name).is_dir() for name in TWO_SPLITS)):
+    if lists_videos(root / "test.txt"):
+        test = [path for path, _ in read_splits(root)["test"]]
+    elif all((root / name).is_dir() for name in TWO_SPLITS):
+        test = videos_below(root / "test")
+    else:
         return paths
-    test = {os.path.normpath(path) for path, _ in read_splits(root)["test"]}
-    others = [path for path in paths if os.path.normpath(path) not in test]
+    test = set(map(os.path.realpath, test))
+    others = [path for path in paths if os.path.realpath(path) not in test]
     print(f"{printed(root)}: leaving out the {len(paths) - len(others)} videos of its test split")
     return others
 
@@ -184,12 +193,12 @@ def list_own(root, split):
 
 
 def own_classes(root):
-    if (root / "classes.txt").is_file():
-        names = list(read_lines(root / "classes.txt").values())
-    else:
-        labels = {label for _, label in read_splits(root).get("train", ())}
-        names = sorted(label for label in labels if isinstance(label, str))
-    return None if all(map(is_number, names)) else names
+    labels = {label for _, label in read_splits(root).get("train", ())}
+    words = sorted(label for label in labels if isinstance(label, str))
+    if not (root / "classes.txt").is_file():
+        return words or None
+    names = list(read_lines(root / "classes.txt").values())
+    return None if all(map(is_number, names)) and not words else names
 
 
 # ---------------------------------------------------------------- the datasets of the paper

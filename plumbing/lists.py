@@ -6,9 +6,8 @@ import codecs
 import csv
 import json
 import os
+import zlib
 from pathlib import Path
-
-import numpy as np
 
 from plumbing.cli import UserError
 from plumbing.decoding import VIDEO_ENDINGS
@@ -128,16 +127,21 @@ def class_folders(root):
     return [(path, path.relative_to(root).parts[0]) for path in videos]
 
 
-def split_off(videos, seed=0):
-    """A fifth of each class, at least one video, for testing -> the others, those to test."""
-    order = np.random.default_rng(seed).permutation(len(videos)).tolist()
+def split_off(videos, root):
+    """A fifth of each class, at least one video, for testing -> the others, those to test.
+
+    A video's name decides, so that a video that is added leaves the others where they are.
+    videos: [(path, label)], below root.
+    """
+    def order(video):
+        return zlib.crc32(os.fsencode(os.path.relpath(video[0], root)))
+
     by_class, test = {}, set()
-    for i in order:
-        by_class.setdefault(videos[i][1], []).append(i)
-    for numbers in by_class.values():
-        test.update(numbers[:max(len(numbers) > 1, len(numbers) // 5)])
-    return ([video for i, video in enumerate(videos) if i not in test],
-            [video for i, video in enumerate(videos) if i in test])
+    for video in sorted(set(videos), key=order):
+        by_class.setdefault(video[1], []).append(video)
+    for of_class in by_class.values():
+        test.update(of_class[:max(len(of_class) > 1, len(of_class) // 5)])
+    return [video for video in videos if video not in test], sorted(test)
 
 
 def read_split_lists(root):

@@ -37,7 +37,7 @@ def report(config, store, p, labels, names, more):
     config: finetune.Config. store: the TokenStore of the test. p: probabilities, float32 (n, C).
     labels: the label set. names: of its classes. more: further entries of results.json.
     """
-    truth = torch.tensor(store.labels(labels), dtype=torch.long)
+    names, truth = list(map(printed, names)), torch.tensor(store.labels(labels), dtype=torch.long)
     out, results = Path(config.out), accuracies(p, truth, names)
     out.mkdir(parents=True, exist_ok=True)
     entries = {**results, "split": config.eval_split, "videos": len(store),

@@ -391,13 +391,38 @@ def test_folders_of_splits_hold_folders_of_classes(tmp_path):
     assert {split: [label for _, label in videos] for split, videos in splits.items()} == \
         {"train": [0, 1], "test": [1]}
     assert [Path(path).name for path in videos_to_pretrain_on(tmp_path)] == ["b.mp4", "a.mp4"]
+    (tmp_path / "test/walk/again.mp4").symlink_to(tmp_path / "train/walk/a.mp4")
+    assert [Path(path).name for path in videos_to_pretrain_on(tmp_path)] == ["b.mp4"]
+
+
+def test_a_video_that_is_added_leaves_the_test_videos_of_a_folder(tmp_path):
+    for i in range(50):
+        (tmp_path / f"{i % 2}").mkdir(exist_ok=True)
+        (tmp_path / f"{i % 2}/{i}.mp4").touch()
+    before = own_splits(tmp_path)["test"]
+    assert len(before) == 10 and {label for _, label in before} == {0, 1}  # classes named 0 and 1
+    (tmp_path / "0/new.mp4").touch()
+    assert len({*before} & {*own_splits(tmp_path)["test"]}) >= 9
+
+
+@pytest.mark.parametrize("files, reason", [
+    (["a/1.mp4", "b/2.mp4"], "one video of each class"), (["test/a/1.mp4"], "one video of each"),
+    (["notes.md"], "has no videos to train on")])
+def test_a_folder_that_cannot_be_divided_is_refused(tmp_path, files, reason):
+    for name in files:
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).touch()
+    with pytest.raises(UserError, match=reason):
+        own_splits(tmp_path)
 
 
 @given(st.lists(st.integers(0, 4), min_size=2, max_size=60))
 def test_a_fifth_of_each_class_is_set_apart(labels):
-    videos = [(str(i), label) for i, label in enumerate(labels)]
-    train, test = split_off(videos)
-    assert sorted(train + test) == sorted(videos) and split_off(videos) == (train, test)
+    videos = [(f"/v/{i}.mp4", label) for i, label in enumerate(labels)]
+    train, test = split_off(videos, "/v")
+    assert sorted(train + test) == sorted(videos)
+    moved = [(f"/w/{i}.mp4", label) for i, label in enumerate(labels)]
+    assert [path[2:] for path, _ in split_off(moved, "/w")[1]] == [path[2:] for path, _ in test]
     for label in set(labels):
         count, apart = labels.count(label), sum(of == label for _, of in test)
         assert apart == (0 if count == 1 else max(1, count // 5))

@@ -105,7 +105,12 @@ def test_every_figure_says_where_it_comes_from():
                                 "numpy", "python", "device"}
 
 
-@pytest.mark.parametrize("number", ["7", "8"])
+MEASURED = [number for number, table in findings.TABLES.items()
+            if any(findings.result(changes, seed) for changes in table.rows.values()
+                   for seed in SEEDS)]
+
+
+@pytest.mark.parametrize("number", MEASURED)
 def test_the_page_shows_the_tables_that_were_measured(number):
     shown = (ROOT / "benchmarks/README.md").read_text().splitlines()
     assert f"## {findings.title(number)}" in shown

@@ -199,7 +199,7 @@ def test_the_mask_of_a_picture_hides_what_changes():
     frames[1::2, 40:48, 40:48] = 255  # one token that changes
     generator = torch.Generator().manual_seed(0)
     for _ in range(5):
-        mask = monitor.moving_mask(frames, (5, 8, 8), config, generator)
+        mask = monitor.moving_mask(frames, torch.ones(5, 8, 8), config, generator)
         assert masking.union(mask)[0, 1:, 5, 5].sum() >= 2 and mask.dim() == 5
 
 
@@ -217,7 +217,7 @@ def test_only_hidden_tokens_are_filled_in(workplace):
         drawn = toy.draw_video(video)[0][9:22:3]  # 13 frames in the middle of 32
         assert np.abs(original.astype(int) - drawn).mean() < 4
         assert (decoded[:, ::8, ::8, 0] == store.tokens(video)[9:22:3]).all()
-        mask = masking.union(monitor.moving_mask(decoded, (5, 8, 8), config, again))
+        mask = masking.union(monitor.moving_mask(decoded, torch.ones(5, 8, 8), config, again))
         hidden = mask[0].numpy().repeat(8, 1).repeat(8, 2)
         assert 0 < hidden.mean() < 1
         for row in (masked, filled):

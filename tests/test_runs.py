@@ -377,6 +377,12 @@ def test_resuming_an_empty_folder_starts_at_step_0(tmp_path, capsys):
     assert f"there is no {tmp_path}/run/last.pt: starting at step 0" in capsys.readouterr().out
 
 
+def test_a_schedule_shorter_than_its_checkpoint_is_refused(tmp_path):
+    train(tmp_path / "run", steps=4)
+    with pytest.raises(UserError, match="has done 4 steps, the schedule has 3: give more"):
+        train(tmp_path / "run", steps=3, resume=True)
+
+
 def test_another_folder_continues_a_schedule_with_its_metrics(tmp_path):
     """With --resume it then continues from its own checkpoint."""
     def killed(step):
