@@ -89,8 +89,8 @@ class Config(runs.RunSettings):
             raise UserError("--from-scratch --eval-only: there is nothing to test without training")
         if self.videos and self.dataset != "own":
             raise UserError(f"--videos is for --dataset own, not {self.dataset}")
-        if self.freeze_backbone and (self.eval_only or self.resume or self.predict):
-            raise UserError("--freeze-backbone goes with none of --eval-only, --resume, --predict")
+        if self.freeze_backbone and (self.eval_only or self.predict):
+            raise UserError("--freeze-backbone goes with neither --eval-only nor --predict")
         if not self.predict and (self.csv or self.draw):
             raise UserError("--csv and --draw are for --predict")
         name = self.labels
@@ -120,7 +120,7 @@ class Classifier(nn.Module):
         nn.init.zeros_(self.classifier.weight)
         nn.init.zeros_(self.classifier.bias)
 
-    def forward(self, tokens, has_pad=False):
+    def forward(self, tokens, has_pad=None):
         cls, _ = self.backbone(tokens, has_pad)  # (n, d)
         return self.classifier(cls)
 

@@ -132,11 +132,13 @@ def report(config, model, store, tokenizer=None):
     curves = {"kNN accuracy": {name.removeprefix("knn_"): name for name in knn}}
     held_out = len(data.hold_out(len(store), config.held_out)[1])
     if config.alpha:
-        n, less = config.contrast or config.batch, f", n = {held_out}"
+        n = config.contrast or config.batch
+        fewer = min(n, held_out) or n  # the held-out videos that are contrasted with each other
         curves = {"contrastive loss": {
             "training": "contrastive_loss",
-            "held out" + less * (held_out < n): "held_out_contrastive_loss",
-            f"chance, n = {n}": 2 * config.gamma * math.log(2 * n - 1)}} | curves
+            "held out" + f", n = {fewer}" * (fewer < n): "held_out_contrastive_loss",
+            **{f"chance, n = {count}": 2 * config.gamma * math.log(2 * count - 1)
+               for count in {n, fewer}}}} | curves
     if config.mask_weight:
         curves = {"masked-token accuracy": {"training": "mask_accuracy",
                                             "held out": "held_out_mask_accuracy"}} | curves

@@ -86,7 +86,8 @@ def read_origin(config, backbone):
 
 def picture_path(folder, kind, video, taken):
     """The picture of a video, without its ending -> Path. taken: those before, which differ."""
-    path = stem = Path(folder) / f"{kind}-{Path(video).stem[:60]}"
+    of = Path(video).resolve().parent.name
+    path = stem = Path(folder) / f"{kind}-{of[:30]}-{Path(video).stem[:60]}"
     number = 1
     while path in taken:
         number += 1

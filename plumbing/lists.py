@@ -140,7 +140,7 @@ def split_off(videos, root):
     for video in sorted(set(videos), key=order):
         by_class.setdefault(video[1], []).append(video)
     for of_class in by_class.values():
-        test.update(of_class[:max(len(of_class) > 1, len(of_class) // 5)])
+        test.update(of_class[:max(len(of_class) > 1, round(len(of_class) / 5))])
     return [video for video in videos if video not in test], sorted(test)
 
 

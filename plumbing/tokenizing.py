@@ -176,7 +176,7 @@ class Plan:
         roots = {video.root for parts in videos.values() for video in parts}
         if roots and root not in roots and not any(done):
             raise UserError(f"{self.out} holds the videos of {min(roots)}, not those of {root}: "
-                            f"choose another folder or delete it")
+                            f"choose another folder (--data or --out) or delete it")
         return done
 
     def pack(self, done):

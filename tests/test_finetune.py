@@ -18,6 +18,7 @@ from conftest import (
 
 import data
 import finetune
+import predict
 import pretrain
 from plumbing import processes
 from plumbing.cli import UserError
@@ -209,6 +210,19 @@ def test_probabilities_are_averaged_over_clips_and_views(tmp_path):
         each = model(torch.from_numpy(np.stack(clips))).softmax(dim=-1)
         assert each.std(dim=0).max() > 1e-3  # the clips differ
         assert torch.allclose(p[video], each.mean(dim=0), atol=1e-6)
+
+
+def test_tokens_beyond_a_videos_end_are_not_attended_to_in_the_test_either(tmp_path):
+    videos = [(np.random.default_rng(i).integers(16, size=(1, i + 1, 2, 2)), {"label": 0})
+              for i in range(2)]  # shorter than a clip of three frames
+    store, model = write_store(tmp_path / "s", videos, fps=2), small(3, scale=10.0)
+    torch.nn.init.normal_(model.classifier.weight, std=0.2)
+    p = finetune.evaluate(model, store, config(tmp_path / "run", fps=2.0, clips=1), CPU)
+    clips = torch.from_numpy(np.stack([store.cut(i, 0, 3, 1) for i in range(2)]))
+    attended, right = (model(clips, has_pad).softmax(dim=-1) for has_pad in (False, True))
+    assert torch.allclose(p, right, atol=1e-6) and not torch.allclose(p, attended, atol=1e-3)
+    alone = predict.classify(model, store.tokens(0)[None], 1, 1, "fp32")
+    assert torch.allclose(alone, right[:1], atol=1e-6)
 
 
 def test_num_labels_takes_videos_of_all_classes(tmp_path, monkeypatch):

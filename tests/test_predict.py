@@ -67,7 +67,7 @@ def test_a_file_gets_the_probabilities_of_the_test(tuned):
         assert list(percent.values()) == sorted(percent.values(), reverse=True)
         expected = {name: 100 * x for name, x in zip(toy.MOTIONS, expected)}
         assert percent == pytest.approx(expected, abs=0.06)
-        assert imageio.imread(tuned / f"runs/tuned/predict-{video.stem}.png").std() > 10
+        assert imageio.imread(tuned / f"runs/tuned/predict-videos-{video.stem}.png").std() > 10
     assert (p[0] - p[3]).abs().max() > 0.05  # else any file would do
 
 
@@ -143,10 +143,10 @@ def test_the_fill_in_of_a_file_equals_that_of_its_video_in_the_store(tuned):
     done = call(pretrain, "--fill-in", VIDEO.format(2), "--checkpoint", "runs/toy/last.pt",
                 "--seed", 5, place=tuned)
     assert done.returncode == 0, done.stderr
-    files = "runs/toy/fill_in-00002.png, fill_in-00002.gif"
+    files = "runs/toy/fill_in-videos-00002.png, fill_in-videos-00002.gif"
     assert done.stdout == f"{VIDEO.format(2)}: {files}\n"
-    assert len(imageio.mimread(tuned / "runs/toy/fill_in-00002.gif")) == 5
-    drawn = imageio.imread(tuned / "runs/toy/fill_in-00002.png")
+    assert len(imageio.mimread(tuned / "runs/toy/fill_in-videos-00002.gif")) == 5
+    drawn = imageio.imread(tuned / "runs/toy/fill_in-videos-00002.png")
     store = data.TokenStore(tuned / "datasets/toy/tokens/pretrain")
     store.header["root"] = str(tuned / "datasets/toy")
     config = pretrain.Config(**flags_of(tuned / "runs/toy/last.pt"))
@@ -219,7 +219,7 @@ def test_a_released_checkpoint_with_the_papers_tokenizer(released, tuned):  # no
     done = call(finetune, *ask, "--tokenizer", folder / "encoder.pkl", "--draw")
     assert done.returncode == 0, done.stderr
     assert len(re.findall(r"class \d \d+\.\d%", done.stdout)) == 5
-    assert (folder / "predict-00001.png").is_file()
+    assert (folder / "predict-videos-00001.png").is_file()
 
 
 def test_files_of_odd_or_equal_names_get_different_pictures(tuned, tmp_path):
