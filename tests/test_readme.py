@@ -48,7 +48,8 @@ def test_every_command_of_the_documents_is_understood(script, argv):
     elif script == "pretrain":
         parse(module.Config, argv, "", module.PRESETS)
     else:
-        parse(module.Config, argv, "", module.PRESETS, chosen_by="dataset")
+        usual = "own" if "--videos" in argv else None  # as in finetune.main
+        parse(module.Config, argv, "", module.PRESETS, chosen_by="dataset", usual=usual)
 
 
 def test_every_figure_says_where_it_comes_from():
