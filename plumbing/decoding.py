@@ -67,8 +67,7 @@ def stream_views(path, fps, size, views, span=None):
     """As `read_views`, in pieces -> yields (uint8 (views, f, S, S, 3), damage).
 
     damage: None, or with the last piece a line about a file that may lack some frames.
-    span: (first, last), to read only the file's frames first <= n < last. ffmpeg starts counting
-    anew where the frame size changes within a file.
+    span: (first, last), to read only the file's frames first <= n < last.
     A video gives at most 1000 frames more than its file has bytes, and MOST_PICTURES in all views.
     ffmpeg resamples, scales and crops, and stacks the views: no full-size frame is piped. It does
     so as in the released extraction: the longer side is truncated, pixels are taken as square.
@@ -76,8 +75,8 @@ def stream_views(path, fps, size, views, span=None):
     """
     graph, trim = _graph(fps, size, views), ""
     if span:
-        first, last = (_number("the span's frames", frame, 0, 2**40, Integral) for frame in span)
-        trim = f"trim=start_frame={first}:end_frame={last},"
+        trim = _trim(path, *(_number("the span's frames", frame, 0, 2**40, Integral)
+                             for frame in span))
     trim += "setpts=PTS-STARTPTS,"  # the video may start after its audio
     name = printed(path)
     try:
@@ -96,6 +95,25 @@ def stream_views(path, fps, size, views, span=None):
         if pixels:
             return
     raise VideoError(damage or f"{name}: it holds no video frames")
+
+
+def _trim(path, first, last):
+    """ffmpeg's filter for the frames first <= n < last of a file -> str.
+
+    By time, as ffmpeg starts counting frames anew where the frame size changes within a file. To
+    learn the times, the file is decoded once more.
+    """
+    command = [imageio_ffmpeg.get_ffmpeg_exe(), "-nostdin", "-threads", "1", "-format_whitelist",
+               FORMATS, "-protocol_whitelist", "file", "-i", f"file:{path}", "-an", "-sn", "-dn",
+               "-vf", "showinfo", "-fps_mode", "passthrough", "-f", "null", "-"]
+    done = subprocess.run(command, capture_output=True, check=False, stdin=subprocess.DEVNULL)
+    times = [float(time) for time in re.findall(rb"pts_time:\s*(-?[\d.]+)", done.stderr)]
+    if not times:
+        return ""  # reading the file will say why
+    if first >= len(times):
+        raise VideoError(f"{printed(path)}: it has {len(times)} frames, the span starts at {first}")
+    middles = [-1, *((a + b) / 2 for a, b in itertools.pairwise(times)), 1e9]  # before each frame
+    return f"trim=start={middles[first]}:end={middles[min(last, len(middles) - 1)]},"
 
 
 def _graph(fps, size, views):
