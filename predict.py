@@ -39,7 +39,7 @@ CLIPS = 10  # evenly spaced clips of a video for its features
 def origin(store, tokenizer="", **more):
     """How a store's tokens were made -> dict that goes into a checkpoint.
 
-    tokenizer: its file, where that is known.
+    tokenizer: the tokenizer's file, if known.
     """
     made = {key: store.header[key] for key in ("tokenizer", "fingerprint", "fps", "size", "views")}
     if tokenizer:

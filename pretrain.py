@@ -235,7 +235,7 @@ class Vimpac(nn.Module):
             projection_head = ProjectionHead.from_released(state)
             token_head = TokenHead(backbone.config)
             token_head.load_released(state)
-            if state:  # what is known has been taken out
+            if state:  # tensors that none of the three has popped
                 raise UserError(f"this model has no place for {', '.join(sorted(state))}")
         model = cls(replace(backbone.config, layers=1), 1, 1)  # small: all of it is replaced
         model.backbone = backbone

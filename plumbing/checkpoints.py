@@ -45,7 +45,7 @@ def read_checkpoint(path):
 
 
 def load_weights(model, weights, path):
-    """load_state_dict. Raises UserError, naming the file and a tensor, where it does not fit."""
+    """load_state_dict. Raises UserError, naming the file and a tensor, if they do not fit."""
     try:
         model.load_state_dict(weights)
     except (RuntimeError, AttributeError) as error:

@@ -60,7 +60,7 @@ class Dataset:
     results_fps: float = 4.0
 
 
-# ---------------------------------------------------------------- what the rest of the code asks
+# ---------------------------------------------------------------- videos, classes, spans
 
 
 def find_dataset(name):
