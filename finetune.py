@@ -1,7 +1,7 @@
 """Fine-tunes a pre-trained model on labelled videos, and tests it.
 
     python finetune.py                                     the toy model just made, on motion
-    python finetune.py --labels appearance --from-scratch  its other task; random weights
+    python finetune.py --labels shape --from-scratch  its other task; random weights
     python finetune.py --freeze-backbone                   a linear probe of the frozen features
     python finetune.py --videos DIR --checkpoint runs/mine/last.pt      labelled videos
     python finetune.py --checkpoint classifier.pt --dataset ucf101 --split 1 --data tokens/ucf101
@@ -61,7 +61,7 @@ class Config(runs.RunSettings):
     videos: str = option("", "folder of labelled videos (default: the toy world)")
     data: str = option("datasets/toy/tokens", "folder of the token stores")
     split: int = option(0, "1, 2 or 3 of UCF101 and HMDB51 (0: train and test)", least=0, most=3)
-    labels: str = option("motion", "label set (the toy has motion, appearance and colour)")
+    labels: str = option("motion", "label set (the toy: motion, scene, shape, colour)")
     num_labels: int = option(0, "train on so many videos, in class proportion (0: all)", least=0)
     out: str = option("", "folder of the run (default: runs/finetune-LABELS or -DATASET)")
     eval_only: bool = option(False, "test the checkpoint's own classifier, without training")

@@ -1,9 +1,10 @@
 """A small world of synthetic videos, written as real video files, with labels.
 
 A textured shape moves in one of four ways over a smooth background that pans slowly. As in real
-video, neighbouring tokens look alike but are seldom equal. There are three tasks:
+video, neighbouring tokens look alike but are seldom equal. There are four tasks:
   motion       sideways, up-and-down, spin or scale: needs several frames, like SSV2
-  appearance   square, triangle, cross or bar: one frame is enough, like UCF101
+  scene        how the background's brightness varies: one frame is enough, like UCF101
+  shape        square, triangle, cross or bar: one frame is enough
   colour       the shape's colour: one token is enough
 
 Each quantity that a motion changes is uniform at every moment, whether it changes or not, so no
@@ -39,9 +40,11 @@ MOTIONS = ("sideways", "up-and-down", "spin", "scale")
 SHAPES = ("square", "triangle", "cross", "bar")
 COLOURS = {"red": (235, 90, 80), "green": (70, 190, 90),
            "blue": (80, 110, 245), "yellow": (240, 215, 70)}
-CLASSES = {"motion": MOTIONS, "appearance": SHAPES, "colour": tuple(COLOURS)}
+SCENES = ("smooth", "columns", "rows", "patches")  # varies across, down, both ways or neither
+CLASSES = {"motion": MOTIONS, "scene": SCENES, "shape": SHAPES, "colour": tuple(COLOURS)}
 GROUNDS = ((150, 140, 130), (110, 130, 150))  # a background's colour lies between these
-WAVES = 0.015  # the highest frequency of a background's brightness, waves a pixel
+WAVES = 0.015  # the highest frequency of a background's two waves of brightness, waves a pixel
+BUSY = 2 / np.pi  # half of the backgrounds have larger squared frequencies, in WAVES squared
 PAN = 0.8  # standard deviation of a background's speed along x and y, pixels a frame
 MIDDLE, RADIUS = (16, 48), (15, 24)  # bounds of the shape's x and y and of its radius, pixels
 SPEEDS = ((0.05, 0.1), (0.05, 0.1), (0.03, 0.06), (0.03, 0.06))  # sweeps, half turns a frame
@@ -50,7 +53,7 @@ SPEEDS = ((0.05, 0.1), (0.05, 0.1), (0.03, 0.06), (0.03, 0.06))  # sweeps, half 
 def draw_video(number, seed=0):
     """Renders one video -> (uint8 (F, S, S, 3), {label set: class})."""
     random = np.random.default_rng((seed, number))
-    motion, shape, colour = (int(random.integers(len(names))) for names in CLASSES.values())
+    motion, shape, colour = (int(random.integers(4)) for _ in range(3))
     x, y, angle, radius = place(random, motion)  # (F, 1, 1) each
     pixel = np.arange(SIZE, dtype=np.float32) + 0.5
     dx, dy = pixel[None, None, :] - x, pixel[None, :, None] - y  # (F, 1, S), (F, S, 1)
@@ -58,13 +61,13 @@ def draw_video(number, seed=0):
     u = (dx * np.cos(angle) + dy * np.sin(angle)) / radius
     v = (dy * np.cos(angle) - dx * np.sin(angle)) / radius
     inside = np.clip(0.5 - _distance(SHAPES[shape], u, v) * radius, 0, 1)  # (F, S, S), soft edge
-    shown, video = inside > 0, background(random, pixel)
+    shown, (video, scene) = inside > 0, background(random, pixel)
     inside = inside[shown][:, None]  # (pixels, 1)
-    texture = 0.75 + 0.3 * wave(random, u[shown], v[shown], 0.35)[:, None]  # of radii
+    texture = 0.75 + 0.3 * wave(draw_wave(random, 0.35), u[shown], v[shown])[:, None]  # of radii
     ink = np.float32(COLOURS[CLASSES["colour"][colour]]) * texture  # (pixels, 3)
     video[shown] = video[shown] * (1 - inside) + ink * inside
     video = video.clip(0, 255).round().astype(np.uint8)
-    return video, {"motion": motion, "appearance": shape, "colour": colour}
+    return video, {"motion": motion, "scene": scene, "shape": shape, "colour": colour}
 
 
 def place(random, motion):
@@ -84,19 +87,29 @@ def place(random, motion):
 
 
 def background(random, pixel):
-    """A smooth texture that pans -> float32 (F, S, S, 3). pixel: centres of the pixels, (S,)."""
+    """A smooth texture that pans -> float32 (F, S, S, 3), its class of SCENES.
+
+    pixel: centres of the pixels, (S,).
+    """
     step = np.arange(FRAMES, dtype=np.float32)[:, None, None]
     vx, vy = np.float32(random.normal(0, PAN, 2))
     x, y = pixel[None, None, :] - vx * step, pixel[None, :, None] - vy * step
-    light = 0.85 + 0.2 * (wave(random, x, y, WAVES) + wave(random, x, y, WAVES))  # (F, S, S)
-    tint = 0.5 + 0.5 * wave(random, x, y, WAVES / 2)
+    waves, tint = [draw_wave(random, WAVES) for _ in range(2)], draw_wave(random, WAVES / 2)
+    light = 0.85 + 0.2 * sum(wave(each, x, y) for each in waves)  # (F, S, S)
+    tint = 0.5 + 0.5 * wave(tint, x, y)
+    across, down, _ = np.square(waves).sum(axis=0) > BUSY * WAVES**2
     one, other = np.float32(GROUNDS)
-    return (other + tint[..., None] * (one - other)) * light[..., None]
+    return (other + tint[..., None] * (one - other)) * light[..., None], int(across + 2 * down)
 
 
-def wave(random, x, y, most):
-    """A plane wave of random direction and phase in -1..1. most: its highest frequency."""
-    fx, fy, phase = np.float32([*random.uniform(-most, most, 2), random.uniform()])
+def draw_wave(random, most):
+    """A plane wave: its frequencies along x and y, at most `most`, and its phase."""
+    return np.float32([*random.uniform(-most, most, 2), random.uniform()])
+
+
+def wave(drawn, x, y):
+    """A plane wave of `draw_wave`, in -1..1."""
+    fx, fy, phase = drawn
     return np.cos(np.float32(2 * np.pi) * (fx * x + fy * y + phase))
 
 
@@ -154,7 +167,7 @@ def make(root, splits=None, seed=0, workers=None, wanted=None):
     """
     root, splits = Path(root), splits or SPLITS
     record = root / "toy.json"
-    asked = json.dumps({"world": "textured", "seed": seed, "splits": splits})
+    asked = json.dumps({"world": "scenes", "seed": seed, "splits": splits})
     if record.is_file() and (old := record.read_text(errors="replace")) != asked:
         raise UserError(f"{root} was made with {old}, not {asked}: "
                         f"choose another folder or delete it")

@@ -31,15 +31,16 @@ import shutil
 import sys
 import time
 import zlib
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 import torch
-from matplotlib.figure import Figure
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
+from findings_figures import draw_models, draw_table
 from paper_tables import TABLES
 
 import data
@@ -55,18 +56,21 @@ from plumbing.processes import device_name, pick_precision, seed_all
 from plumbing.runs import read_metrics
 from plumbing.versions import commit
 from prepare import open_stores, pick_labels
-from probe import probe_videos
+from probe import probe, video_features
 from transformer import load_backbone
 
 RESULTS, FIGURES = ROOT / "benchmarks/findings.jsonl", ROOT / "benchmarks/figures"
 HOME = Path("datasets/findings")
-SPLITS = {"pretrain": 2000, "train": 1000, "val": 300, "test": 1000}
-RECIPE = dict(alpha=1.0, layers=2, batch=16, steps=1000)  # differences from the toy preset
-TASKS = ("motion", "appearance")
+SPLITS = {"pretrain": 2000, "train": 1600, "val": 300, "test": 1000}
+# Differences from the toy preset. With fewer codes, the same steps get further.
+RECIPE = dict(alpha=1.0, layers=2, batch=16, steps=1000, codes=64)
+TASKS = ("motion", "scene")  # temporal and spatial, judged by both instruments
+PROBED = (*TASKS, "shape")
+PROBE_LABELS = 1000
 CLIPS = 4  # of a video, for the probe and at test
-# Fine-tuning, and from scratch: the best rates of 1e-3 to 8e-3 on the validation split, seed 0
+# RATES
 FINETUNING = dict(num_labels=100, batch=16, steps=300, lr=1e-3)
-SCRATCH = dict(FINETUNING, steps=1200, lr=1e-3)  # four times the steps, as in Table 4
+SCRATCH = dict(FINETUNING, from_scratch=True, steps=1200, lr=1e-3)  # four times the steps: Table 4
 T = {3: 4.30, 4: 3.18, 5: 2.78}  # quantiles of Student's t for so many seeds, two-sided 95%
 
 # ---------------------------------------------------------------- one experiment
@@ -77,7 +81,7 @@ def make_world(device):
     torch.set_num_threads(2)  # on any number of cores, for the same tokenizer
     toy.make(HOME, SPLITS)
     splits = {split: toy.split_videos(HOME, split) for split in SPLITS}
-    preset, path = pretrain.PRESETS["toy"], HOME / "tokenizer.pt"
+    preset, path = {**pretrain.PRESETS["toy"], **RECIPE}, HOME / "tokenizer.pt"
     fps, size = preset["fps"], preset["frame_size"]
     if not path.is_file():
         videos = [video for video, _ in splits["pretrain"]]
@@ -161,17 +165,29 @@ def copied(config, store):
     return 100 * correct[mask].float().mean().item()
 
 
-def judged(scratch, task, seed, out, device, probes):
-    """Top-1 on the test videos in percent, and whether one class is the answer to all of them.
+def probed(checkpoint, seed, device):
+    """Linear probes of a model -> {task: probabilities of the test videos (videos, C)}."""
+    backbone = load_backbone(checkpoint).to(device)
+    train, test = (data.TokenStore(HOME / "tokens" / split) for split in ("train", "test"))
+    features, queries = (
+        video_features(backbone, store, np.arange(len(store)), predict.clip_fps(checkpoint), CLIPS,
+                       on(device)["precision"]) for store in (train, test))
+    probabilities = {}
+    for task in PROBED:
+        labels = torch.tensor(train.labels(task), dtype=torch.long)
+        videos = data.few_labels(labels, PROBE_LABELS, seed)
+        classes = len(toy.CLASSES[task])
+        probabilities[task] = probe(features[videos], labels[videos], queries, classes)
+    return probabilities
 
-    Fine-tunes out/last.pt or, with probes, fits a linear probe of its features. scratch: fine-tunes
-    random weights in its place.
+
+def finetuned(checkpoint, out, task, seed, device, recipe):
+    """Fine-tunes a pre-trained model -> its probabilities of the test videos (videos, C).
+
+    recipe: flags of finetune.py.
     """
-    recipe = dict(clips=CLIPS) if probes else {**(SCRATCH if scratch else FINETUNING),
-                                               "clips": CLIPS}
-    settings = dict(
-        checkpoint=f"{out}/last.pt", from_scratch=scratch and not probes, labels=task, seed=seed,
-        data=HOME / "tokens", out=f"{out}/{task}", freeze_backbone=probes, **recipe, **on(device))
+    settings = dict(checkpoint=checkpoint, labels=task, seed=seed, data=HOME / "tokens", out=out,
+                    clips=CLIPS, **recipe, **on(device))
     config = parse(finetune.Config, flags(settings), "", finetune.PRESETS, "dataset")
     config.precision = pick_precision(config.precision, device)
     config.micro_batch = config.batch
@@ -180,33 +196,49 @@ def judged(scratch, task, seed, out, device, probes):
     labels, classes = pick_labels(stores, config.labels)
     backbone = load_backbone(config.checkpoint, dropout=config.dropout)
     model = finetune.build(config, backbone, stores, len(classes)).to(device)
-    if probes:
-        p = probe_videos(config, model.backbone, stores, labels, len(classes))
-    else:
-        origin = predict.origin(stores["test"], labels=labels, classes=classes)
-        finetune.train(config, model, stores["train"], labels, device, origin)
-        p = finetune.evaluate(model, stores["test"], config, device).cpu()
-    predicted = p.argmax(dim=1)
-    truth = torch.tensor(stores["test"].labels(labels))
-    return 100 * (predicted == truth).float().mean().item(), len(predicted.unique()) == 1
+    test = stores[config.eval_split]
+    finetune.train(config, model, stores["train"], labels, device,
+                   predict.origin(test, labels=labels, classes=classes))
+    return finetune.evaluate(model, test, config, device).cpu()
 
 
-def folder(job):
-    name = json.dumps([job["changes"], job["seed"]])
+def top_1(p, task, split="test"):
+    """Probabilities of a split's videos -> top-1 in percent."""
+    truth = torch.tensor(data.TokenStore(HOME / "tokens" / split).labels(task))
+    return 100 * (p.argmax(dim=1) == truth).float().mean().item()
+
+
+def folder(changes, seed):
+    """The folder of an experiment."""
+    name = json.dumps([changes, seed])
     return f"runs/findings/{zlib.crc32(name.encode()):08x}"
 
 
-def experiment(job):
-    """Pre-training, then both instruments on both tasks -> {figure: number}."""
+@contextlib.contextmanager
+def quiet():
+    """One thread, and no output."""
     torch.set_num_threads(1)
-    device, out, seed = torch.device(job["device"]), folder(job), job["seed"]
     silence = io.StringIO()
     with contextlib.redirect_stdout(silence), contextlib.redirect_stderr(silence):
+        yield
+
+
+def experiment(job, device="cpu"):
+    """Pre-training, then both instruments on both tasks -> {figure: number}.
+
+    job: {"changes": a row of a table, "seed": int, ...}.
+    """
+    device, out, seed = torch.device(device), folder(job["changes"], job["seed"]), job["seed"]
+    with quiet():
         figures = pretrained(job["changes"], seed, out, device)
-        for task, probes in itertools.product(TASKS, (True, False)):
-            top_1, one_class = judged(job["changes"] is None, task, seed, out, device, probes)
-            figures[f"probe {task}" if probes else task] = top_1
-            figures["one class"] = figures.get("one class", 0) + one_class
+        checkpoint = f"{out}/last.pt"
+        answers = {f"probe {task}": p for task, p in probed(checkpoint, seed, device).items()}
+        torch.save(answers, f"{out}/probes.pt")  # for the pictures
+        recipe = SCRATCH if job["changes"] is None else FINETUNING
+        for task in TASKS:
+            answers[task] = finetuned(checkpoint, f"{out}/{task}", task, seed, device, recipe)
+        figures |= {name: top_1(p, name.removeprefix("probe ")) for name, p in answers.items()}
+        figures["one class"] = sum(len(p.argmax(dim=1).unique()) == 1 for p in answers.values())
     return figures
 
 
@@ -222,8 +254,8 @@ def read():
 
 def settings():
     """All that an experiment's figures depend on, beside its changes, its seed and the code."""
-    values = {"splits": SPLITS, "pre-training": RECIPE, "fine-tuning": FINETUNING,
-              "from scratch": SCRATCH, "clips": CLIPS}
+    values = {"splits": SPLITS, "pre-training": RECIPE, "probe": PROBE_LABELS,
+              "fine-tuning": FINETUNING, "from scratch": SCRATCH, "clips": CLIPS}
     return json.loads(json.dumps(values))
 
 
@@ -239,41 +271,39 @@ def title(number):
     return f"Table{'s' * (' and ' in number)} {number}: {text[0].lower()}{text[1:]}"
 
 
-def jobs(tables, seeds, device):
+def jobs(tables, seeds):
     """The experiments of these tables that are still to be run, those of the first seed first."""
     waiting = []
     for seed, table in itertools.product(seeds, tables):
         for changes in TABLES[table].rows.values():
-            job = dict(changes=changes, seed=seed, device=device)
+            job = dict(changes=changes, seed=seed, settings=settings())
             if job not in waiting and not result(changes, seed):
                 waiting.append(job)
     return waiting
 
 
-def run(waiting, device):
-    """Runs experiments, one for each core at a time, or one on a GPU; saves each as it ends."""
+def run(work, waiting, device, path):
+    """Runs jobs, one for each core at a time, or one on a GPU; appends each to a file as it ends.
+
+    work: job (a dict) -> {figure: number}. Each line of the file is a job with its result.
+    """
     origin = {"commit": commit(), "torch": torch.__version__, "numpy": np.__version__,
               "python": sys.version.split()[0], "device": device_name(torch.device(device))}
     workers = os.cpu_count() if device == "cpu" else 1
     spawn = multiprocessing.get_context("spawn")
     with concurrent.futures.ProcessPoolExecutor(workers, spawn) as pool:
-        running = {pool.submit(experiment, job): job for job in waiting}
+        running = {pool.submit(work, job): job for job in waiting}
         ended = concurrent.futures.as_completed(running)
         for done in progress(ended, "experiments", len(running), " experiments"):
             if not done.exception():
-                write_down(running[done], done.result(), origin)
+                figures = {name: round(value, 4) for name, value in done.result().items()}
+                with open(path, "a") as file:
+                    file.write(json.dumps({**running[done], "result": figures, **origin}) + "\n")
         for done in running:
             done.result()  # raises the error of an experiment, after all others were saved
 
 
-def write_down(job, figures, origin):
-    entry = {"changes": job["changes"], "seed": job["seed"], "settings": settings(),
-             "result": {name: round(value, 4) for name, value in figures.items()}, **origin}
-    with open(RESULTS, "a") as file:
-        file.write(json.dumps(entry) + "\n")
-
-
-# ---------------------------------------------------------------- tables, verdicts, pictures
+# ---------------------------------------------------------------- tables and verdicts
 
 
 def values(changes, figure, seeds):
@@ -332,45 +362,23 @@ def lines(number, seeds):
     return text
 
 
-UNITS = {"contrastive loss": "gamma x nats", "speed": "videos/s",
-         "mask accuracy": "% of hidden tokens", "copied": "% of hidden tokens",
-         "kNN appearance": "% of other videos"}
-
-
-def draw(number, seeds):
-    """A picture of a table: each row's figures, seed by seed, and their mean."""
-    table = TABLES[number]
-    size = 2.8 * len(table.figures) + 1.5, 1.1 + 0.34 * len(table.rows)
-    figure = Figure(figsize=size, layout="constrained")
-    figure.suptitle(f"In miniature, {title(number)} (small dots: seeds; bars: their mean +- "
-                    f"standard deviation)", fontsize=10)
-    axes = figure.subplots(1, len(table.figures), sharey=True)
-    for axis, name in zip(axes, table.figures):
-        for i, changes in enumerate(table.rows.values()):
-            numbers = list(values(changes, name, seeds).values())
-            if numbers:
-                deviation = np.std(numbers, ddof=1) if len(numbers) > 1 else 0
-                axis.plot(numbers, [i] * len(numbers), ".", color="#56B4E9")
-                axis.errorbar(np.mean(numbers), i, xerr=deviation, fmt="o", color="#0072B2",
-                              capsize=3)
-        axis.set(title=name, xlabel=UNITS.get(name, "top-1 in %"))
-        axis.set_yticks(range(len(table.rows)), list(table.rows))
-        axis.margins(x=0.1, y=0.15)
-        axis.grid(alpha=0.3)
-    axes[0].invert_yaxis()
-    figure.savefig(FIGURES / f"table_{number.replace(' ', '_')}.png", dpi=110)
-
-
 # ---------------------------------------------------------------- the command
 
 
 def show(tables, seeds):
-    """Prints and draws the tables."""
+    """Prints and draws the tables; for Tables 7 and 8 also the models, where the runs are here."""
     FIGURES.mkdir(exist_ok=True)
     for number in tables:
         print(f"\n## {title(number)}\n")
         print("\n".join(lines(number, seeds)))
-        draw(number, seeds)
+        table, name = TABLES[number], number.replace(" ", "_")
+        rows = {row: {figure: values(changes, figure, seeds) for figure in table.figures}
+                for row, changes in table.rows.items()}
+        draw_table(FIGURES / f"table_{name}.png", title(number), rows)
+        folders = {row: Path(folder(changes, seeds[0])) for row, changes in table.rows.items()}
+        if number in ("7", "8") and all((run / "probes.pt").is_file()
+                                        for run in folders.values()):
+            draw_models(FIGURES / f"models_{name}.png", title(number), rows, folders, HOME)
 
 
 def main():
@@ -387,9 +395,9 @@ def main():
     asked = parser.parse_args()
     tables = list(TABLES) if asked.all else asked.only
     if not asked.show:
-        waiting = jobs(tables, asked.seeds, asked.device)
+        waiting = jobs(tables, asked.seeds)
         make_world(torch.device(asked.device))
-        run(waiting, asked.device)
+        run(partial(experiment, device=asked.device), waiting, asked.device, RESULTS)
     show(tables, asked.seeds)
 
 

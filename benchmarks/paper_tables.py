@@ -1,7 +1,7 @@
 """The paper's tables as experiments on the toy world: rows, figures, and what the paper says."""
 from typing import NamedTuple
 
-JUDGED = ("probe motion", "probe appearance", "motion", "appearance")
+JUDGED = ("probe motion", "probe scene", "probe shape", "motion", "scene")
 
 
 class Table(NamedTuple):
@@ -10,7 +10,7 @@ class Table(NamedTuple):
     rows: {name: what changes in the recipe, or None: no pre-training}.
     paper: what the paper says of each row. M: masked-token accuracy, C: contrastive loss.
     claims: (what the paper says, or is asked in addition; in which figure; the row that should be
-    higher, the row that should be lower). The figures motion and appearance stand for those of both
+    higher, the row that should be lower). The figures motion and scene stand for those of both
     instruments.
     """
     title: str
@@ -24,7 +24,7 @@ BOTH = {}
 MASK = dict(alpha=0.0)
 CONTRAST = dict(mask_weight=0.0, contrast_on="whole")
 IID = dict(MASK, mask="iid")
-WITH_KNN = ("mask accuracy", "contrastive loss", "kNN appearance", *JUDGED)
+WITH_KNN = ("mask accuracy", "contrastive loss", "kNN scene", *JUDGED)
 
 TABLES = {
     "7": Table(
@@ -34,19 +34,21 @@ TABLES = {
                "SSV2 41.1, UCF101 69.4"),
         claims=(
             ("pre-training is far above none on the temporal task", "motion", "both", "none"),
-            ("and on the spatial one", "appearance", "both", "none"),
+            ("and on the spatial one", "scene", "both", "none"),
             ("alone, masks help more than contrastive learning: temporal task",
              "motion", "mask only", "contrastive only"),
-            ("and spatial task", "appearance", "mask only", "contrastive only"),
+            ("and spatial task", "scene", "mask only", "contrastive only"),
             ("masks alone are above none: temporal task", "motion", "mask only", "none"),
-            ("and spatial task", "appearance", "mask only", "none"),
+            ("and spatial task", "scene", "mask only", "none"),
             ("contrastive learning alone is above none: temporal task",
              "motion", "contrastive only", "none"),
-            ("and spatial task", "appearance", "contrastive only", "none"),
+            ("and spatial task", "scene", "contrastive only", "none"),
             ("masks add to contrastive learning on the temporal task",
              "motion", "both", "contrastive only"),
             ("contrastive learning adds to masks on the spatial task",
-             "appearance", "both", "mask only"))),
+             "scene", "both", "mask only"),
+            ("(asked here) pre-training is above none on shapes",
+             "probe shape", "both", "none"))),
     "8": Table(
         title="Which masks, without the contrastive task",
         rows={"block": MASK, "i.i.d.": IID},
@@ -54,8 +56,9 @@ TABLES = {
         claims=(
             ("i.i.d. masks have the higher masked-token accuracy",
              "mask accuracy", "i.i.d.", "block"),
-            ("but teach less: spatial task", "appearance", "block", "i.i.d."),
+            ("but teach less: spatial task", "scene", "block", "i.i.d."),
             ("(asked here) temporal task", "motion", "block", "i.i.d."),
+            ("(asked here) shapes", "probe shape", "block", "i.i.d."),
             ("as a hidden token more often equals its nearest visible neighbour",
              "copied", "i.i.d.", "block")),
         figures=("mask accuracy", "copied", *JUDGED)),
@@ -71,8 +74,8 @@ TABLES = {
              "mask accuracy", "block, 11.1%", "block, 17.6%"),
             ("and likewise token by token", "mask accuracy", "i.i.d., 11%", "i.i.d., 18%"),
             ("about 15% in blocks fine-tunes better than less",
-             "appearance", "block, 14.5%", "block, 11.1%"),
-            ("and than more", "appearance", "block, 14.5%", "block, 17.6%"))),
+             "scene", "block, 14.5%", "block, 11.1%"),
+            ("and than more", "scene", "block, 14.5%", "block, 17.6%"))),
     "10": Table(
         title="How far apart two clips of a video may start",
         rows={"anywhere": BOTH, "1 s": dict(d_max=1), "0 s": dict(d_max=0)},
@@ -81,7 +84,7 @@ TABLES = {
         claims=(
             ("clips that start together have the lower loss",
              "contrastive loss", "anywhere", "0 s"),
-            ("but teach less: spatial task", "appearance", "anywhere", "0 s"),
+            ("but teach less: spatial task", "scene", "anywhere", "0 s"),
             ("(asked here) temporal task", "motion", "anywhere", "0 s"))),
     "11": Table(
         title="How many videos are contrasted, in batches of 128",
@@ -91,7 +94,7 @@ TABLES = {
         claims=(
             ("the more, the higher the loss", "contrastive loss", "n = 128", "n = 16"),
             ("(asked here) and the better the fine-tuning: spatial task",
-             "appearance", "n = 128", "n = 16")),
+             "scene", "n = 128", "n = 16")),
         figures=WITH_KNN),
     "12": Table(
         title="Whether the contrasted clips are masked",
@@ -101,9 +104,9 @@ TABLES = {
         paper=("UCF101 57.1", "UCF101 55.5", "UCF101 67.4", "UCF101 69.4"),
         claims=(
             ("alone, whole clips teach more",
-             "appearance", "contrastive only, whole", "contrastive only, masked"),
+             "scene", "contrastive only, whole", "contrastive only, masked"),
             ("with the mask task, masked ones do",
-             "appearance", "both tasks, masked", "both tasks, whole"),
+             "scene", "both tasks, masked", "both tasks, whole"),
             ("(asked here) temporal task", "motion", "both tasks, masked", "both tasks, whole")),
         figures=WITH_KNN),
     "13": Table(
@@ -118,10 +121,10 @@ TABLES = {
             ("T,H|W is faster than all tokens at once", "speed", "T,H|W", "TxHxW"),
             ("than T,HxW", "speed", "T,H|W", "T,HxW"),
             ("and than T,H,W", "speed", "T,H|W", "T,H,W"),
-            ("and better than all tokens at once: spatial task", "appearance", "T,H|W", "TxHxW"),
+            ("and better than all tokens at once: spatial task", "scene", "T,H|W", "TxHxW"),
             ("(asked here) temporal task", "motion", "T,H|W", "TxHxW"),
             ("post-LN is better than pre-LN: spatial task",
-             "appearance", "T,H|W", "T,H|W, pre-LN"),
+             "scene", "T,H|W", "T,H|W, pre-LN"),
             ("(asked here) temporal task", "motion", "T,H|W", "T,H|W, pre-LN")),
         figures=("mask accuracy", "contrastive loss", "speed", *JUDGED)),
     "16": Table(
@@ -132,8 +135,8 @@ TABLES = {
                "M 16.9, C 1.05, UCF101 68.0"),
         claims=(
             ("the more it weighs, the less is predicted", "mask accuracy", "alpha 0", "alpha 2"),
-            ("0.5 is better than 0", "appearance", "alpha 0.5", "alpha 0"),
-            ("and than 2: spatial task", "appearance", "alpha 0.5", "alpha 2"),
+            ("0.5 is better than 0", "scene", "alpha 0.5", "alpha 0"),
+            ("and than 2: spatial task", "scene", "alpha 0.5", "alpha 2"),
             ("(asked here) temporal task", "motion", "alpha 0.5", "alpha 2"))),
     "6 and 14": Table(
         title="Sizes of the model and the clip",
@@ -143,10 +146,10 @@ TABLES = {
                "d = 512, 10 frames: M 17.2, C 0.96, UCF101 74.2 (5 frames: 69.4)"),
         claims=(
             ("a wider model predicts more", "mask accuracy", "as elsewhere", "d = 16"),
-            ("and fine-tunes better: spatial task", "appearance", "as elsewhere", "d = 16"),
+            ("and fine-tunes better: spatial task", "scene", "as elsewhere", "d = 16"),
             ("(asked here) temporal task", "motion", "as elsewhere", "d = 16"),
             ("longer clips have the lower contrastive loss",
              "contrastive loss", "as elsewhere", "8 frames"),
-            ("and fine-tune better: spatial task", "appearance", "8 frames", "as elsewhere"),
+            ("and fine-tune better: spatial task", "scene", "8 frames", "as elsewhere"),
             ("(asked here) temporal task", "motion", "8 frames", "as elsewhere"))),
 }

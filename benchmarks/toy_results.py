@@ -30,7 +30,7 @@ from plumbing.runs import read_metrics
 from plumbing.store import TokenStore
 from plumbing.versions import commit
 
-SEEDS, TASKS = (0, 1, 2), ("motion", "appearance")
+SEEDS, TASKS = (0, 1, 2), ("motion", "shape")
 RESULTS = ROOT / "benchmarks/toy_results.json"
 
 # ---------------------------------------------------------------- one run
@@ -174,7 +174,7 @@ def table():
     lines += [f"| {name} | {span(values('mask accuracy', precision))} | "
               f"{span(values('contrastive loss', precision), 3)} |"
               for name, precision in (("float32", "fp32"), ("bfloat16", "bf16"))]
-    lines += ["", "| top-1 in percent, float32 | motion | appearance |", "| --- | --- | --- |"]
+    lines += ["", "| top-1 in percent, float32 | motion | shape |", "| --- | --- | --- |"]
     for row, name in ROWS.items():
         cells = [span(values(f"{row}, {task}")) for task in TASKS]
         lines.append(f"| {name} | {' | '.join(cells)} |")

@@ -299,7 +299,7 @@ class TokenStore:
         return self.header["views"].index(center) if center in self.header["views"] else 0
 
     def label_sets(self):
-        """The names of the label sets, such as ["appearance", "motion"]."""
+        """The names of the label sets, such as ["shape", "motion"]."""
         return self._label_sets
 
     def labels(self, name="label"):

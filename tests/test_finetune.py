@@ -73,14 +73,14 @@ def test_the_default_command_fine_tunes_the_toy_model_on_motion(workplace):
 
 
 def test_labels_from_scratch_and_another_split(workplace):
-    done = call(finetune, *flags(FAST), "--labels", "appearance", "--from-scratch",
+    done = call(finetune, *flags(FAST), "--labels", "shape", "--from-scratch",
                 "--eval-split", "val", place=workplace)
     assert done.returncode == 0 and "(8 videos x 2 views)" in done.stdout, done.stderr
-    assert (workplace / "runs/finetune-appearance-scratch/last.pt").is_file()
+    assert (workplace / "runs/finetune-shape-scratch/last.pt").is_file()
 
 
 @pytest.mark.parametrize("argv, message", [
-    (["--labels", "smell"], "appearance, colour, motion"), (["--data", "nowhere"], "nowhere"),
+    (["--labels", "smell"], "colour, motion, scene, shape"), (["--data", "nowhere"], "nowhere"),
     (["--checkpoint", "none.pt"], "none.pt"), (["--eval-only"], "no classifier"),
     (["--fps", "-1"], "--fps"), (["--batch", "0"], "--batch"), (["--few", "1"], "--num-labels"),
     (["--num-labels", "-1"], "--num-labels"),

@@ -80,7 +80,7 @@ def test_the_default_command_leaves_all_that_a_reader_looks_at(workplace):
     metrics = read_metrics(out)
     assert {"step", "epoch", "loss", "mask_loss", "mask_accuracy", "contrastive_loss", "lr",
             "videos_per_second"} <= metrics[1].keys()
-    for name in ("knn_motion", "knn_appearance", "held_out_mask_accuracy",
+    for name in ("knn_motion", "knn_shape", "held_out_mask_accuracy",
                  "held_out_contrastive_loss"):
         assert [m["step"] for m in metrics if name in m] == [0, 3, 5]
     config = json.loads((out / "config.json").read_text())

@@ -113,7 +113,7 @@ def test_motions_do_what_their_name_says():
         video, labels = toy.draw_video(number)
         shapes = ink(video)  # (F, S, S)
         centres, area = centre(shapes), shapes.sum(axis=(1, 2))
-        motion, shape = toy.MOTIONS[labels["motion"]], toy.SHAPES[labels["appearance"]]
+        motion, shape = toy.MOTIONS[labels["motion"]], toy.SHAPES[labels["shape"]]
         along, across = np.ptp(centres, axis=1)[::1 if motion == "sideways" else -1]  # pixels
         angles, length = tilt(shapes, centres)
         if motion in ("sideways", "up-and-down"):
@@ -133,9 +133,25 @@ def test_motions_do_what_their_name_says():
 def test_the_background_pans_and_neighbouring_pixels_are_alike_but_not_equal():
     for number in range(20):
         random = np.random.default_rng(number)
-        frames = toy.background(random, np.arange(64, dtype=np.float32) + 0.5)
+        frames, _ = toy.background(random, np.arange(64, dtype=np.float32) + 0.5)
         assert np.abs(np.diff(frames, axis=1)).max() < 15  # of 255, between rows
         assert np.abs(frames[-1] - frames[0]).mean() > 1 and frames[0].std() > 4
+
+
+def test_a_single_frame_gives_the_scene_away():
+    """The brightness of a frame varies across columns, rows, both or neither, as its class says."""
+    steps, pixel = {scene: [] for scene in toy.SCENES}, np.arange(64, dtype=np.float32) + 0.5
+    for number in range(600):
+        frames, scene = toy.background(np.random.default_rng(number), pixel)
+        frame = frames[0].mean(axis=2)
+        steps[toy.SCENES[scene]].append([np.abs(np.diff(frame, axis=i)).mean() for i in (1, 0)])
+    assert all(100 < len(values) < 200 for values in steps.values())  # each scene is as likely
+    across, down = ({scene: np.mean(values, axis=0)[i] for scene, values in steps.items()}
+                    for i in (0, 1))
+    for varies, other in (("columns", "smooth"), ("columns", "rows"), ("patches", "rows")):
+        assert across[varies] > 1.3 * across[other]
+    for varies, other in (("rows", "smooth"), ("rows", "columns"), ("patches", "columns")):
+        assert down[varies] > 1.3 * down[other]
 
 
 def test_a_single_frame_does_not_give_the_motion_away():
@@ -152,13 +168,13 @@ def test_a_single_frame_does_not_give_the_motion_away():
         assert (np.abs(means[m] - means[0]) < 4 * np.hypot(errors[m], errors[0])).all()
 
 
-def test_a_single_frame_gives_appearance_and_colour_away():
+def test_a_single_frame_gives_shape_and_colour_away():
     """A square fills most of the circle around it, a bar the least; colours are those of pixels."""
     areas = {shape: [] for shape in toy.SHAPES}
     for number in range(200):
         video, labels = toy.draw_video(number)
         shape = ink(video[0])
-        areas[toy.SHAPES[labels["appearance"]]].append(shape.sum())
+        areas[toy.SHAPES[labels["shape"]]].append(shape.sum())
         colour = video[0][shape].mean(axis=0)
         palette = np.array(list(toy.COLOURS.values()), float)
         cosine = (palette @ colour) / np.linalg.norm(palette, axis=1) / np.linalg.norm(colour)

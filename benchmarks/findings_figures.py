@@ -1,0 +1,118 @@
+"""Pictures of the findings: a table's figures, seed by seed, and the models of a table at work."""
+import numpy as np
+import torch
+from matplotlib.figure import Figure
+
+import data
+import monitor
+import pretrain
+import toy
+import vqvae
+from plumbing.pictures import draw_grid, save
+
+UNITS = {"contrastive loss": "gamma x nats", "speed": "videos/s",
+         "mask accuracy": "% of hidden tokens", "copied": "% of hidden tokens",
+         "kNN scene": "% of other videos"}
+LIGHT, DARK, GREY = "#56B4E9", "#0072B2", "#BBBBBB"
+SHOWN = 2  # test videos in a picture of models, of different motions
+
+
+def draw_table(path, title, rows):
+    """Each figure of a table: dots for the seeds, their mean and standard deviation.
+
+    rows: {row: {figure: {seed: number}}}.
+    """
+    figures = list(next(iter(rows.values())))
+    figure = Figure(figsize=(2.8 * len(figures) + 1.5, 1.1 + 0.34 * len(rows)),
+                    layout="constrained")
+    figure.suptitle(f"In miniature, {title} (small dots: seeds; large: their mean +- standard "
+                    f"deviation)", fontsize=10)
+    axes = figure.subplots(1, len(figures), sharey=True)
+    for axis, name in zip(axes, figures):
+        for i, row in enumerate(rows.values()):
+            draw_seeds(axis, i, row[name])
+        axis.set(title=name, xlabel=UNITS.get(name, "top-1 in %"))
+        axis.set_yticks(range(len(rows)), list(rows))
+        axis.margins(x=0.1, y=0.15)
+        axis.grid(alpha=0.3)
+    axes[0].invert_yaxis()
+    save(figure, path)
+
+
+def draw_seeds(axis, y, by_seed):
+    """{seed: number} -> dots at height y, with their mean and standard deviation."""
+    numbers = list(by_seed.values())
+    if numbers:
+        deviation = np.std(numbers, ddof=1) if len(numbers) > 1 else 0
+        axis.plot(numbers, [y] * len(numbers), ".", color=LIGHT)
+        axis.errorbar(np.mean(numbers), y, xerr=deviation, fmt="o", color=DARK, capsize=3)
+
+
+def draw_models(path, title, rows, runs, home):
+    """Models side by side, a column each: clips of test videos with the same blocks hidden, what
+    the model fills in, which classes a linear probe of it reads, and how often the probe is right.
+
+    rows: {model: {figure: {seed: number}}}. runs: {model: its folder}. home: the world's folder.
+    """
+    store = data.TokenStore(home / "tokens/test")
+    labels = {task: list(store.labels(task)) for task in ("motion", "scene")}
+    videos = [labels["motion"].index(motion) for motion in range(SHOWN)]
+    every = 1 if len(rows) < 3 else 2  # frames
+    figure = Figure(figsize=((5.2 if every == 1 else 4.2) * len(rows), 11.5), layout="constrained")
+    figure.suptitle(title, fontsize=13)
+    for column, (name, run) in zip(figure.subfigures(1, len(rows), wspace=0.03), runs.items()):
+        right = list(rows[name]["mask accuracy"].values())
+        said = f"{np.mean(right):.1f}% of the hidden tokens predicted right" if right else ""
+        column.suptitle(f"{name}\n{said}", fontsize=11)
+        axes = column.subplots(3 + SHOWN, 1, height_ratios=[3.2] * SHOWN + [1.1] * 2 + [1.2])
+        for axis, picture in zip(axes, filled_in(run, store, videos, home)):
+            frames = np.arange(picture.shape[1])[::every]
+            draw_grid(axis, picture[1:, frames], ("video", "hidden", "filled in"), frames + 1,
+                      xlabel="frame of the clip")
+        probes = torch.load(run / "probes.pt", weights_only=True)
+        for axis, (task, classes) in zip(axes[SHOWN:], labels.items()):
+            truth = [classes[video] for video in videos]
+            draw_reading(axis, probes[f"probe {task}"][videos], truth, task)
+        tasks = {task: rows[name][f"probe {task}"] for task in labels}
+        draw_accuracies(axes[-1], tasks, len(store))
+    save(figure, path)
+
+
+def filled_in(run, store, videos, home):
+    """`monitor.fill_in` with the model of a run; every model of the same seed gets the same masks.
+    """
+    state = torch.load(run / "last.pt", weights_only=True)
+    config = pretrain.Config(**{**state["config"], "mask": "block"})
+    shape = config.transformer(store.header["vocab_size"], store.height, store.width)
+    model = pretrain.Vimpac(shape, config.projection_hidden, config.projection_layers)
+    model.load_state_dict(state["model"])
+    tokenizer = vqvae.load_tokenizer(home / "tokenizer.pt")
+    generator = torch.Generator().manual_seed(0)
+    return monitor.fill_in(model, tokenizer, store, videos, config, generator)
+
+
+def draw_reading(axis, p, truth, task):
+    """A probe's probabilities (videos, C), a group of bars for each video."""
+    names, ticks = toy.CLASSES[task], []
+    for i, (chances, right) in enumerate(zip(p.tolist(), truth)):
+        x = np.arange(len(names)) + i * (len(names) + 1)
+        axis.bar(x, 100 * np.array(chances),
+                 color=[DARK if k == right else GREY for k in range(len(names))])
+        ticks += x.tolist()
+    axis.set_xticks(ticks, names * len(p), rotation=20, fontsize=8)
+    axis.set(ylim=(0, 100), ylabel="%")
+    axis.set_title(f"{task} of the two videos as the probe reads it (dark: the truth)", fontsize=9)
+
+
+def draw_accuracies(axis, tasks, videos):
+    """{task: {seed: top-1}} on so many test videos."""
+    for y, by_seed in enumerate(tasks.values()):
+        draw_seeds(axis, y, by_seed)
+        mean = np.mean(list(by_seed.values()))
+        axis.annotate(f"{mean:.1f}%", (mean, y), (0, 7), textcoords="offset points", ha="center",
+                      fontsize=8)
+    axis.axvline(25, color="grey", linestyle=":")
+    axis.set_yticks(range(len(tasks)), list(tasks))
+    axis.set(xlim=(20, 100), ylim=(1.6, -0.8), xlabel="top-1 in % (dotted: chance)")
+    axis.set_title(f"the probe on all {videos:,} test videos; a dot for each seed", fontsize=9)
+    axis.grid(alpha=0.3)
