@@ -1,0 +1,46 @@
+import json
+
+import findings
+import label_curve
+import pytest
+from paper_tables import BOTH
+
+from plumbing.cli import UserError
+
+PRE_TRAINED, FROM_SCRATCH = label_curve.WAYS
+
+
+def test_both_ways_try_the_same_rates_and_see_the_same_labels():
+    """From scratch has its own rate and four times the steps; all else is equal."""
+    grid, curve = label_curve.rates(), label_curve.curve((0, 1))
+    assert {job["recipe"]["eval_split"] for job in grid} == {"val"}
+    for jobs in (grid, curve):
+        sides = [[job for job in jobs if job["way"] == way] for way in label_curve.WAYS]
+        assert len(sides[0]) == len(sides[1]) == len(jobs) / 2
+        for one, other in zip(*sides):
+            assert (one["task"], one["seed"]) == (other["task"], other["seed"])
+            assert one["recipe"]["num_labels"] == other["recipe"]["num_labels"]
+            assert 4 * one["recipe"]["steps"] == other["recipe"]["steps"]
+            assert other["recipe"]["from_scratch"] and "from_scratch" not in one["recipe"]
+    assert len(curve) == 2 * 2 * 2 * 7 and len({json.dumps(job) for job in curve}) == len(curve)
+
+
+def test_results_are_read_back_and_drawn(monkeypatch, tmp_path):
+    path = tmp_path / "label_curve.jsonl"
+    monkeypatch.setattr(label_curve, "RESULTS", path)
+    monkeypatch.setattr(findings, "FIGURES", tmp_path)
+    jobs = label_curve.curve((0, 1))
+    path.write_text("".join(json.dumps({**job, "result": {"top-1": 30.0 + job["seed"]}}) + "\n"
+                            for job in jobs[:-1]))
+    assert label_curve.read().keys() == {json.dumps(job) for job in jobs[:-1]}
+    table = label_curve.lines((0, 1))
+    assert table[2] == f"| motion, {PRE_TRAINED} |" + " 30.5 +- 0.7 |" * 7
+    assert table[5].endswith("| 30.5 +- 0.7 | 30.0 (1 of 2 seeds) |")
+    label_curve.draw((0, 1))
+    assert (tmp_path / "label_curve.png").stat().st_size > 10_000
+
+
+def test_the_models_of_table_7_are_needed(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(UserError, match=f"{findings.folder(BOTH, 0)}.*findings.py"):
+        label_curve.measure(label_curve.job(PRE_TRAINED, "motion", 0))
