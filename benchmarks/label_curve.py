@@ -27,7 +27,7 @@ from plumbing.pictures import draw_lines, save
 RESULTS = findings.ROOT / "benchmarks/label_curve.jsonl"
 WAYS = {"pre-trained": FINETUNING, "from scratch, 4 times the steps": SCRATCH}
 LABELS, SEEDS = (25, 50, 100, 200, 400, 800, 1600), (0, 1, 2, 3, 4)
-RATES = (1e-3, 2e-3, 4e-3)
+RATES = (1e-3, 2e-3, 4e-3, 8e-3)
 
 
 def job(way, task, seed, **changes):
