@@ -7,11 +7,12 @@
 
 An experiment is one pre-training. Its model is then judged by two instruments, on each of two
 tasks: a linear probe of its frozen features with 1,000 labelled videos (probe.py), and fine-tuning
-with 100. Tables share the experiments that they have in common. Each result is appended to
-findings.jsonl as soon as its experiment ends, with its settings, seed, seconds, commit and
-versions, so that the command can be stopped and started again; delete a line to repeat its
-experiment. On CPUs an experiment has one thread, so that it gives the same numbers on any number of
-cores. At the end, the tables are printed beside the paper's figures and drawn into figures/.
+with 100. Tables share the experiments that they have in common. First all models are pre-trained
+and probed, then all are fine-tuned. Each result is appended to findings.jsonl at once, with its
+settings, seed, commit and versions, so that the command can be stopped and started again; delete a
+line to repeat its part of an experiment. On CPUs an experiment has one thread, so that it gives the
+same numbers on any number of cores. At the end, the tables are printed beside the paper's figures
+and drawn into figures/.
 
 A claim is judged by the difference of two rows, seed by seed (a seed gives both rows the same
 videos and labels): shown where the mean difference is above 0 by more than the t quantile (95%,
@@ -64,6 +65,7 @@ HOME = Path("datasets/findings")
 SPLITS = {"pretrain": 2000, "train": 1600, "val": 300, "test": 1000}
 # Differences from the toy preset. With fewer codes, the same steps get further.
 RECIPE = dict(alpha=1.0, layers=2, batch=16, steps=1000, codes=64)
+PARTS = ("pre-training", "fine-tuning")  # of an experiment; the first ends with the probes
 TASKS = ("motion", "scene")  # temporal and spatial, judged by both instruments
 PROBED = (*TASKS, "shape")
 PROBE_LABELS = 1000
@@ -224,22 +226,25 @@ def quiet():
 
 
 def experiment(job, device="cpu"):
-    """Pre-training, then both instruments on both tasks -> {figure: number}.
+    """One part of an experiment -> {figure: number}.
 
-    job: {"changes": a row of a table, "seed": int, ...}.
+    job: {"changes": a row of a table, "seed": int, "part": one of PARTS, ...}.
     """
     device, out, seed = torch.device(device), folder(job["changes"], job["seed"]), job["seed"]
+    checkpoint, figures = Path(out) / "last.pt", {}
     with quiet():
-        figures = pretrained(job["changes"], seed, out, device)
-        checkpoint = f"{out}/last.pt"
-        answers = {f"probe {task}": p for task, p in probed(checkpoint, seed, device).items()}
-        torch.save(answers, f"{out}/probes.pt")  # for the pictures
+        if job["part"] == "pre-training" or not checkpoint.is_file():
+            figures = pretrained(job["changes"], seed, out, device)
+        if job["part"] == "pre-training":
+            answers = {f"probe {task}": p for task, p in probed(checkpoint, seed, device).items()}
+            torch.save(answers, f"{out}/probes.pt")  # for the pictures
+            return figures | {name: top_1(p, name.split()[1]) for name, p in answers.items()}
         recipe = SCRATCH if job["changes"] is None else FINETUNING
-        for task in TASKS:
-            answers[task] = finetuned(checkpoint, f"{out}/{task}", task, seed, device, recipe)
-        figures |= {name: top_1(p, name.removeprefix("probe ")) for name, p in answers.items()}
-        figures["one class"] = sum(len(p.argmax(dim=1).unique()) == 1 for p in answers.values())
-    return figures
+        answers = {task: finetuned(checkpoint, f"{out}/{task}", task, seed, device, recipe)
+                   for task in TASKS}
+    figures = {task: top_1(p, task) for task, p in answers.items()}
+    return figures | {"one class": sum(len(p.argmax(dim=1).unique()) == 1
+                                       for p in answers.values())}
 
 
 # ---------------------------------------------------------------- what to run
@@ -252,18 +257,25 @@ def read():
     return [json.loads(line) for line in RESULTS.read_text().splitlines()]
 
 
-def settings():
-    """All that an experiment's figures depend on, beside its changes, its seed and the code."""
-    values = {"splits": SPLITS, "pre-training": RECIPE, "probe": PROBE_LABELS,
-              "fine-tuning": FINETUNING, "from scratch": SCRATCH, "clips": CLIPS}
+def settings(part=None):
+    """All that the figures of a part depend on, beside its changes, its seed and the code."""
+    values = {"splits": SPLITS, "pre-training": RECIPE, "clips": CLIPS}
+    if part == "pre-training":
+        values["probe"] = PROBE_LABELS
+    if part == "fine-tuning":
+        values |= {"fine-tuning": FINETUNING, "from scratch": SCRATCH}
     return json.loads(json.dumps(values))
 
 
-def result(changes, seed):
-    """The figures of an experiment, {} where it has not been run with these settings."""
-    asked = {"changes": changes, "seed": seed, "settings": settings()}
-    results = [entry["result"] for entry in read() if asked == {key: entry[key] for key in asked}]
-    return results[-1] if results else {}
+def result(changes, seed, parts=PARTS):
+    """The figures of an experiment that have been measured with these settings."""
+    figures = {}
+    for part in parts:
+        asked = {"changes": changes, "seed": seed, "part": part, "settings": settings(part)}
+        for entry in read():
+            if asked == {key: entry[key] for key in asked}:
+                figures |= entry["result"]
+    return figures
 
 
 def title(number):
@@ -271,13 +283,14 @@ def title(number):
     return f"Table{'s' * (' and ' in number)} {number}: {text[0].lower()}{text[1:]}"
 
 
-def jobs(tables, seeds):
-    """The experiments of these tables that are still to be run, those of the first seed first."""
+def jobs(part, tables, seeds):
+    """A part of the experiments of these tables, where it is still to be run; the first seed first.
+    """
     waiting = []
     for seed, table in itertools.product(seeds, tables):
         for changes in TABLES[table].rows.values():
-            job = dict(changes=changes, seed=seed, settings=settings())
-            if job not in waiting and not result(changes, seed):
+            job = dict(changes=changes, seed=seed, part=part, settings=settings(part))
+            if job not in waiting and not result(changes, seed, [part]):
                 waiting.append(job)
     return waiting
 
@@ -358,7 +371,7 @@ def lines(number, seeds):
             said.append(f"{instrument} {verdict(higher, lower)}".strip())
         text.append(f"- {claim}: {'; '.join(said)}")
     ones = sum(sum(values(changes, "one class", seeds).values()) for changes in table.rows.values())
-    text += ["", f"Models of this table that answer one class to every video: {ones:.0f}."]
+    text += ["", f"Fine-tuned models here that answer one class to every video: {ones:.0f}."]
     return text
 
 
@@ -395,9 +408,10 @@ def main():
     asked = parser.parse_args()
     tables = list(TABLES) if asked.all else asked.only
     if not asked.show:
-        waiting = jobs(tables, asked.seeds)
         make_world(torch.device(asked.device))
-        run(partial(experiment, device=asked.device), waiting, asked.device, RESULTS)
+        for part in PARTS:
+            run(partial(experiment, device=asked.device), jobs(part, tables, asked.seeds),
+                asked.device, RESULTS)
     show(tables, asked.seeds)
 
 

@@ -31,9 +31,8 @@ RATES = (1e-3, 2e-3, 4e-3, 8e-3)
 
 
 def job(way, task, seed, **changes):
-    settings = {name: value for name, value in findings.settings().items()
-                if name in ("splits", "pre-training", "clips")}
-    return dict(way=way, task=task, seed=seed, recipe=WAYS[way] | changes, settings=settings)
+    return dict(way=way, task=task, seed=seed, recipe=WAYS[way] | changes,
+                settings=findings.settings())
 
 
 def measure(job):

@@ -1,5 +1,6 @@
 import contextlib
 import json
+import shutil
 
 import findings
 import pytest
@@ -59,22 +60,32 @@ def world(workplace, monkeypatch):
         yield
 
 
-FIGURES = {"seconds", "speed", "copied", "kNN motion", "kNN scene", "mask accuracy",
-           "contrastive loss", "motion", "scene", "probe motion", "probe scene",
-           "probe shape", "one class"}
+PRETRAINED = {"seconds", "speed", "copied", "kNN motion", "kNN scene", "mask accuracy",
+              "contrastive loss", "probe motion", "probe scene", "probe shape"}
+
+
+def experiment(part, changes):
+    return findings.experiment(dict(changes=changes, seed=1, part=part))
 
 
 @pytest.mark.parametrize("changes, lacking", [
     (None, {"mask accuracy", "contrastive loss"}), (MASK, {"contrastive loss"}),
     (CONTRAST, {"mask accuracy"}), (dict(layout="T,H,W", pre_norm=True), set())], ids=str)
 def test_an_experiment_gives_the_figures_of_what_it_trains(world, changes, lacking):
-    figures = findings.experiment(dict(changes=changes, seed=1))
-    assert figures.keys() == FIGURES - lacking
-    assert figures["seconds"] >= 0 and figures["speed"] > 0 and 0 <= figures["one class"] <= 5
+    figures = experiment("pre-training", changes)
+    assert figures.keys() == PRETRAINED - lacking
+    assert figures["seconds"] >= 0 and figures["speed"] > 0
+    figures = experiment("fine-tuning", changes)
+    assert figures.keys() == {"motion", "scene", "one class"}
+    assert 0 <= figures["one class"] <= 2
 
 
 def test_an_experiment_gives_the_same_figures_again(world):
-    first, second = (findings.experiment(dict(changes={}, seed=1)) for _ in range(2))
+    """Fine-tuning does so without the pre-trained model, too."""
+    first, tuned = experiment("pre-training", {}), experiment("fine-tuning", {})
+    shutil.rmtree(findings.folder({}, 1))
+    assert experiment("fine-tuning", {}) == tuned
+    second = experiment("pre-training", {})
     for figures in (first, second):
         del figures["seconds"], figures["speed"]
     assert first == second
@@ -83,30 +94,35 @@ def test_an_experiment_gives_the_same_figures_again(world):
 def test_what_is_measured_is_written_down_and_not_run_again(world, monkeypatch, tmp_path):
     path = tmp_path / "findings.jsonl"
     monkeypatch.setattr(findings, "RESULTS", path)
-    waiting = findings.jobs(["7"], [1])
-    assert [job["changes"] for job in waiting] == list(findings.TABLES["7"].rows.values())
-    findings.run(invented, waiting[:2], "cpu", path)
-    assert findings.jobs(["7"], [1]) == waiting[2:]
-    assert len(findings.jobs(["7"], [1, 2])) == 6
-    assert len(findings.jobs(["7", "8"], [1])) == 3  # they share mask only, which is block
+    first, then = (findings.jobs(part, ["7"], [1]) for part in findings.PARTS)
+    assert [job["changes"] for job in first] == list(findings.TABLES["7"].rows.values())
+    findings.run(invented, first[:2] + then[:1], "cpu", path)
+    assert findings.jobs("pre-training", ["7"], [1]) == first[2:]
+    assert findings.jobs("fine-tuning", ["7"], [1]) == then[1:]
+    assert len(findings.jobs("pre-training", ["7"], [1, 2])) == 6
+    assert len(findings.jobs("pre-training", ["7", "8"], [1])) == 3  # block is mask only
     table = findings.lines("7", [1])
     assert table[2].startswith("| none | 50.0 | - | - | - | - | 25.0 | 5.0 | SSV2 1.2")
     assert "| - | - | - | - | - | - | - |" in table[4] and table[-1].endswith("every video: 2.")
     entry = json.loads(path.read_text().splitlines()[0])
     assert entry["settings"]["pre-training"] == SHORT
     assert entry["seed"] == 1 and entry["torch"] == torch.__version__
-    monkeypatch.setattr(findings, "CLIPS", 3)  # with other settings it is another experiment
-    waiting = findings.jobs(["7"], [1])
-    assert len(waiting) == 4 and waiting[0]["settings"]["clips"] == 3
+    monkeypatch.setattr(findings, "FINETUNING", {"steps": 7})  # this asks for other fine-tuning
+    assert len(findings.jobs("fine-tuning", ["7"], [1])) == 4
+    assert findings.jobs("pre-training", ["7"], [1]) == first[2:]
+    monkeypatch.setattr(findings, "CLIPS", 3)  # and this for all again
+    assert len(findings.jobs("pre-training", ["7"], [1])) == 4
 
 
 def invented(job):
-    return {"mask accuracy": 50.0, "motion": 25.0, "scene": 5.0, "one class": 1}
+    if job["part"] == "pre-training":
+        return {"mask accuracy": 50.0}
+    return {"motion": 25.0, "scene": 5.0, "one class": 2}
 
 
 def test_every_figure_says_where_it_comes_from():
     for entry in findings.read():
-        assert entry.keys() == {"changes", "seed", "settings", "result", "commit", "torch",
+        assert entry.keys() == {"changes", "seed", "part", "settings", "result", "commit", "torch",
                                 "numpy", "python", "device"}
 
 
