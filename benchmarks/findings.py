@@ -1,6 +1,6 @@
 """The paper's findings in miniature: its tables as experiments on the toy world, over seeds.
 
-    python benchmarks/findings.py                 Tables 7 and 8: about two hours on two cores
+    python benchmarks/findings.py                 Tables 7 and 8: about 100 minutes on two cores
     python benchmarks/findings.py --all           all tables: a night
     python benchmarks/findings.py --only 9 10     these tables
     python benchmarks/findings.py --show          runs nothing; prints what has been measured
@@ -391,7 +391,8 @@ def show(tables, seeds):
         folders = {row: Path(folder(changes, seeds[0])) for row, changes in table.rows.items()}
         if number in ("7", "8") and all((run / "probes.pt").is_file()
                                         for run in folders.values()):
-            draw_models(FIGURES / f"models_{name}.png", title(number), rows, folders, HOME)
+            said = f"In miniature, {title(number)}. The same blocks are hidden from every model."
+            draw_models(FIGURES / f"models_{name}.png", said, rows, folders, HOME)
 
 
 def main():

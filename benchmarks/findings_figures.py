@@ -62,7 +62,8 @@ def draw_models(path, title, rows, runs, home):
     figure.suptitle(title, fontsize=13)
     for column, (name, run) in zip(figure.subfigures(1, len(rows), wspace=0.03), runs.items()):
         right = list(rows[name]["mask accuracy"].values())
-        said = f"{np.mean(right):.1f}% of the hidden tokens predicted right" if right else ""
+        said = (f"{np.mean(right):.1f}% of hidden tokens predicted right" if right else
+                "not trained to fill in")
         column.suptitle(f"{name}\n{said}", fontsize=11)
         axes = column.subplots(3 + SHOWN, 1, height_ratios=[3.2] * SHOWN + [1.1] * 2 + [1.2])
         for axis, picture in zip(axes, filled_in(run, store, videos, home)):
@@ -99,9 +100,9 @@ def draw_reading(axis, p, truth, task):
         axis.bar(x, 100 * np.array(chances),
                  color=[DARK if k == right else GREY for k in range(len(names))])
         ticks += x.tolist()
-    axis.set_xticks(ticks, names * len(p), rotation=20, fontsize=8)
+    axis.set_xticks(ticks, names * len(p), rotation=35, ha="right", fontsize=8)
     axis.set(ylim=(0, 100), ylabel="%")
-    axis.set_title(f"{task} of the two videos as the probe reads it (dark: the truth)", fontsize=9)
+    axis.set_title(f"{task} of both, read by a probe (dark: the truth)", fontsize=9)
 
 
 def draw_accuracies(axis, tasks, videos):
@@ -114,5 +115,5 @@ def draw_accuracies(axis, tasks, videos):
     axis.axvline(25, color="grey", linestyle=":")
     axis.set_yticks(range(len(tasks)), list(tasks))
     axis.set(xlim=(20, 100), ylim=(1.6, -0.8), xlabel="top-1 in % (dotted: chance)")
-    axis.set_title(f"the probe on all {videos:,} test videos; a dot for each seed", fontsize=9)
+    axis.set_title(f"the probe on {videos:,} test videos, seed by seed", fontsize=9)
     axis.grid(alpha=0.3)
