@@ -370,8 +370,10 @@ def lines(number, seeds):
             higher, lower = (values(table.rows[row], name, seeds) for row in rows)
             said.append(f"{instrument} {verdict(higher, lower)}".strip())
         text.append(f"- {claim}: {'; '.join(said)}")
-    ones = sum(sum(values(changes, "one class", seeds).values()) for changes in table.rows.values())
-    text += ["", f"Fine-tuned models here that answer one class to every video: {ones:.0f}."]
+    ones = [count for changes in table.rows.values()
+            for count in values(changes, "one class", seeds).values()]
+    count = f"{sum(ones):.0f} of {len(ones) * len(TASKS)}"
+    text += ["", f"Fine-tuned models that answer one class to every video: {count}."]
     return text
 
 

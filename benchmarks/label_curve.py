@@ -77,12 +77,15 @@ def curve(seeds):
             for seed, way, task, count in itertools.product(seeds, WAYS, TASKS, LABELS)]
 
 
-def show_rates():
-    print(f"\n| top-1 on validation videos | {' | '.join(f'{lr:g}' for lr in RATES)} |")
-    print(f"| --- {'| --- ' * len(RATES)}|")
-    for way, task in itertools.product(WAYS, TASKS):
-        cells = [value(way, task, 0, lr=lr, eval_split="val") for lr in RATES]
-        print(f"| {task}, {way} | {' | '.join(map(str, cells))} |")
+def rate_lines():
+    """The grid, in markdown -> [line]."""
+    text = [f"| rate | {' | '.join(f'{lr:g}' for lr in RATES)} |",
+            f"| --- {'| --- ' * len(RATES)}|"]
+    for task, way in itertools.product(TASKS, WAYS):
+        numbers = [value(way, task, 0, lr=lr, eval_split="val") for lr in RATES]
+        cells = ["-" if number is None else f"{number:.1f}" for number in numbers]
+        text.append(f"| {task}, {way} | {' | '.join(cells)} |")
+    return text
 
 
 def lines(seeds):
@@ -134,10 +137,9 @@ def main():
         jobs = rates() if asked.rates else curve(asked.seeds)
         done = read()
         findings.run(measure, [job for job in jobs if json.dumps(job) not in done], "cpu", RESULTS)
-    if asked.rates:
-        return show_rates()
-    print("\n".join(lines(asked.seeds)))
-    draw(asked.seeds)
+    print("\n".join(rate_lines() if asked.rates else lines(asked.seeds)))
+    if not asked.rates:
+        draw(asked.seeds)
 
 
 if __name__ == "__main__":

@@ -103,7 +103,8 @@ def test_what_is_measured_is_written_down_and_not_run_again(world, monkeypatch, 
     assert len(findings.jobs("pre-training", ["7", "8"], [1])) == 3  # block is mask only
     table = findings.lines("7", [1])
     assert table[2].startswith("| none | 50.0 | - | - | - | - | 25.0 | 5.0 | SSV2 1.2")
-    assert "| - | - | - | - | - | - | - |" in table[4] and table[-1].endswith("every video: 2.")
+    assert "| - | - | - | - | - | - | - |" in table[4]
+    assert table[-1].endswith("every video: 2 of 2.")
     entry = json.loads(path.read_text().splitlines()[0])
     assert entry["settings"]["pre-training"] == SHORT
     assert entry["seed"] == 1 and entry["torch"] == torch.__version__
@@ -127,8 +128,7 @@ def test_every_figure_says_where_it_comes_from():
 
 
 MEASURED = [number for number, table in findings.TABLES.items()
-            if any(findings.result(changes, seed) for changes in table.rows.values()
-                   for seed in SEEDS)]
+            if all(findings.result(changes, SEEDS[0]) for changes in table.rows.values())]
 
 
 @pytest.mark.parametrize("number", MEASURED)

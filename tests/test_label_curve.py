@@ -40,6 +40,11 @@ def test_results_are_read_back_and_drawn(monkeypatch, tmp_path):
     assert (tmp_path / "label_curve.png").stat().st_size > 10_000
 
 
+def test_the_page_shows_the_rates_that_were_measured():
+    shown = (findings.ROOT / "benchmarks/README.md").read_text().splitlines()
+    assert all(line in shown for line in label_curve.rate_lines())
+
+
 def test_the_models_of_table_7_are_needed(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     with pytest.raises(UserError, match=f"{findings.folder(BOTH, 0)}.*findings.py"):
