@@ -335,7 +335,7 @@ def spread(by_seed, seeds, digits=1):
     return f"{np.mean(numbers):.{digits}f}{deviation}{fewer}"
 
 
-def verdict(higher, lower):
+def verdict(higher, lower, digits=1):
     """Whether one row's figures are above another's -> text.
 
     Both are {seed: number}. The text has the mean difference and its standard error.
@@ -347,33 +347,40 @@ def verdict(higher, lower):
     error = np.std(differences, ddof=1) / math.sqrt(len(differences))
     bound = T[len(differences)] * error
     said = "shown" if mean > bound else "opposite" if mean < -bound else "not shown"
-    digits = 1 if max(abs(mean), error) >= 1 else 3
     return f"{said} ({mean:+.{digits}f}, standard error {error:.{digits}f})"
+
+
+def measured(number, seeds):
+    """A table's figures that have been measured -> {row: {figure: {seed: number}}}."""
+    table = TABLES[number]
+    rows = {row: {figure: values(changes, figure, seeds) for figure in table.figures}
+            for row, changes in table.rows.items()}
+    there = [figure for figure in table.figures if any(row[figure] for row in rows.values())]
+    return {row: {figure: figures[figure] for figure in there} for row, figures in rows.items()}
 
 
 def lines(number, seeds):
     """A table in markdown, followed by the verdicts on the paper's claims -> [line]."""
-    table = TABLES[number]
-    text = [f"| | {' | '.join(table.figures)} | the paper |",
-            f"| --- {'| --- ' * (len(table.figures) + 1)}|"]
-    for (name, changes), paper in zip(table.rows.items(), table.paper):
-        cells = [spread(values(changes, figure, seeds), seeds,
-                        digits=3 if "loss" in figure else 1) for figure in table.figures]
+    table, rows = TABLES[number], measured(number, seeds)
+    there = list(next(iter(rows.values())))
+    digits = {figure: 3 if "loss" in figure else 1 for figure in there}
+    text = [f"| | {' | '.join(there)} | the paper |", f"| --- {'| --- ' * (len(there) + 1)}|"]
+    for (name, figures), paper in zip(rows.items(), table.paper):
+        cells = [spread(figures[figure], seeds, digits[figure]) for figure in there]
         text.append(f"| {name} | {' | '.join(cells)} | {paper} |".replace("H|W", "H\\|W"))
     text.append("")
-    for claim, figure, *rows in table.claims:
+    for claim, figure, *pair in table.claims:
         instruments = {"probe": f"probe {figure}", "fine-tuning": figure}
         if figure not in TASKS:
             instruments = {"": figure}
-        said = []
-        for instrument, name in instruments.items():
-            higher, lower = (values(table.rows[row], name, seeds) for row in rows)
-            said.append(f"{instrument} {verdict(higher, lower)}".strip())
-        text.append(f"- {claim}: {'; '.join(said)}")
+        said = [f"{instrument} {verdict(*(rows[row][name] for row in pair), digits[name])}".strip()
+                for instrument, name in instruments.items() if name in there]
+        text.append(f"- {claim}: {'; '.join(said) or 'not measured'}")
     ones = [count for changes in table.rows.values()
             for count in values(changes, "one class", seeds).values()]
-    count = f"{sum(ones):.0f} of {len(ones) * len(TASKS)}"
-    text += ["", f"Fine-tuned models that answer one class to every video: {count}."]
+    if ones:
+        count = f"{sum(ones):.0f} of {len(ones) * len(TASKS)}"
+        text += ["", f"Fine-tuned models that answer one class to every video: {count}."]
     return text
 
 
@@ -386,14 +393,13 @@ def show(tables, seeds):
     for number in tables:
         print(f"\n## {title(number)}\n")
         print("\n".join(lines(number, seeds)))
-        table, name = TABLES[number], number.replace(" ", "_")
-        rows = {row: {figure: values(changes, figure, seeds) for figure in table.figures}
-                for row, changes in table.rows.items()}
+        rows, name = measured(number, seeds), number.replace(" ", "_")
         draw_table(FIGURES / f"table_{name}.png", title(number), rows)
-        folders = {row: Path(folder(changes, seeds[0])) for row, changes in table.rows.items()}
-        if number in ("7", "8") and all((run / "probes.pt").is_file()
-                                        for run in folders.values()):
-            said = f"In miniature, {title(number)}. The same blocks are hidden from every model."
+        folders = {row: Path(folder(changes, seeds[0]))
+                   for row, changes in TABLES[number].rows.items()}
+        here = all((run / "probes.pt").is_file() for run in folders.values())
+        if number in ("7", "8") and here:
+            said = f"In miniature, {title(number)}: seed {seeds[0]}, the same blocks hidden from all"
             draw_models(FIGURES / f"models_{name}.png", said, rows, folders, HOME)
 
 

@@ -10,11 +10,11 @@ import toy
 import vqvae
 from plumbing.pictures import draw_grid, save
 
-UNITS = {"contrastive loss": "gamma x nats", "speed": "videos/s",
-         "mask accuracy": "% of hidden tokens", "copied": "% of hidden tokens",
+UNITS = {"contrastive loss": "gamma x nats (lower: better)", "speed": "videos/s",
+         "mask accuracy": "% of hidden tokens", "copied": "% equal to nearest visible",
          "kNN scene": "% of other videos"}
 LIGHT, DARK, GREY = "#56B4E9", "#0072B2", "#BBBBBB"
-SHOWN = 2  # test videos in a picture of models, of different motions
+SHOWN = 2  # test videos in a picture of models, of different motions and scenes
 
 
 def draw_table(path, title, rows):
@@ -56,13 +56,14 @@ def draw_models(path, title, rows, runs, home):
     """
     store = data.TokenStore(home / "tokens/test")
     labels = {task: list(store.labels(task)) for task in ("motion", "scene")}
-    videos = [labels["motion"].index(motion) for motion in range(SHOWN)]
+    kinds = list(zip(*labels.values()))
+    videos = [kinds.index((kind, kind)) for kind in range(SHOWN)]
     every = 1 if len(rows) < 3 else 2  # frames
     figure = Figure(figsize=((5.2 if every == 1 else 4.2) * len(rows), 11.5), layout="constrained")
     figure.suptitle(title, fontsize=13)
     for column, (name, run) in zip(figure.subfigures(1, len(rows), wspace=0.03), runs.items()):
         right = list(rows[name]["mask accuracy"].values())
-        said = (f"{np.mean(right):.1f}% of hidden tokens predicted right" if right else
+        said = (f"{np.mean(right):.1f}% right under masks as in training" if right else
                 "not trained to fill in")
         column.suptitle(f"{name}\n{said}", fontsize=11)
         axes = column.subplots(3 + SHOWN, 1, height_ratios=[3.2] * SHOWN + [1.1] * 2 + [1.2])
@@ -102,7 +103,7 @@ def draw_reading(axis, p, truth, task):
         ticks += x.tolist()
     axis.set_xticks(ticks, names * len(p), rotation=35, ha="right", fontsize=8)
     axis.set(ylim=(0, 100), ylabel="%")
-    axis.set_title(f"{task} of both, read by a probe (dark: the truth)", fontsize=9)
+    axis.set_title(f"{task} of the two videos, read by a probe (dark: the truth)", fontsize=8)
 
 
 def draw_accuracies(axis, tasks, videos):
@@ -115,5 +116,5 @@ def draw_accuracies(axis, tasks, videos):
     axis.axvline(25, color="grey", linestyle=":")
     axis.set_yticks(range(len(tasks)), list(tasks))
     axis.set(xlim=(20, 100), ylim=(1.6, -0.8), xlabel="top-1 in % (dotted: chance)")
-    axis.set_title(f"the probe on {videos:,} test videos, seed by seed", fontsize=9)
+    axis.set_title(f"the probe on {videos:,} test videos, seed by seed", fontsize=8)
     axis.grid(alpha=0.3)
