@@ -399,7 +399,8 @@ def show(tables, seeds):
                    for row, changes in TABLES[number].rows.items()}
         here = all((run / "probes.pt").is_file() for run in folders.values())
         if number in ("7", "8") and here:
-            said = f"In miniature, {title(number)}: seed {seeds[0]}, the same hidden from all"
+            said = (f"In miniature, {title(number)} (seed {seeds[0]}; the same blocks are hidden "
+                    f"from all models)")
             draw_models(FIGURES / f"models_{name}.png", said, rows, folders, HOME)
 
 
