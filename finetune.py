@@ -1,7 +1,7 @@
 """Fine-tunes a pre-trained model on labelled videos, and tests it.
 
     python finetune.py                                     the toy model just made, on motion
-    python finetune.py --labels shape --from-scratch  its other task; random weights
+    python finetune.py --labels shape --from-scratch       another task; random weights
     python finetune.py --freeze-backbone                   a linear probe of the frozen features
     python finetune.py --videos DIR --checkpoint runs/mine/last.pt      labelled videos
     python finetune.py --checkpoint classifier.pt --dataset ucf101 --split 1 --data tokens/ucf101

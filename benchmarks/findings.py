@@ -231,7 +231,7 @@ def experiment(job, device="cpu"):
     job: {"changes": a row of a table, "seed": int, "part": one of PARTS, ...}.
     """
     device, out, seed = torch.device(device), folder(job["changes"], job["seed"]), job["seed"]
-    checkpoint, figures = Path(out) / "last.pt", {}
+    checkpoint = Path(out) / "last.pt"
     with quiet():
         if job["part"] == "pre-training" or not checkpoint.is_file():
             figures = pretrained(job["changes"], seed, out, device)
@@ -284,8 +284,7 @@ def title(number):
 
 
 def jobs(part, tables, seeds):
-    """A part of the experiments of these tables, where it is still to be run; the first seed first.
-    """
+    """The experiments of these tables that lack this part; the first seed comes first."""
     waiting = []
     for seed, table in itertools.product(seeds, tables):
         for changes in TABLES[table].rows.values():

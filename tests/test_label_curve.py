@@ -11,7 +11,7 @@ PRE_TRAINED, FROM_SCRATCH = label_curve.WAYS
 
 
 def test_both_ways_try_the_same_rates_and_see_the_same_labels():
-    """From scratch has its own rate and four times the steps; all else is equal."""
+    """Training from scratch takes four times the steps; all else is equal."""
     grid, curve = label_curve.rates(), label_curve.curve((0, 1))
     assert {job["recipe"]["eval_split"] for job in grid} == {"val"}
     for jobs in (grid, curve):
