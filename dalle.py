@@ -94,7 +94,7 @@ def double(x):
 class DalleVAE(nn.Module):
     """8x8 pixels become one of V codes: the argmax of the encoder's logits.
 
-    It computes in half precision on a GPU, which gives some frames other tokens.
+    It computes in half precision on a GPU, where a few tokens may differ from those of a CPU.
     """
 
     def __init__(self, encoder, decoder=None):
@@ -131,9 +131,9 @@ class DalleVAE(nn.Module):
 
     @property
     def fingerprint(self):
-        """Of what makes the tokens: the encoder's weights and the arithmetic."""
+        """Of the encoder, which makes the tokens."""
         weights = {f"encoder.{name}": weight for name, weight in self.encoder.state_dict().items()}
-        return fingerprint(weights, "float16" if self.device.type == "cuda" else "")
+        return fingerprint(weights)
 
     def half_on_gpu(self):
         return torch.autocast(self.device.type, torch.float16, enabled=self.device.type == "cuda")

@@ -6,12 +6,9 @@ PAD, MASK = 1, 4  # counted from V, as in the released code: PAD is V + 1, MASK 
 SPECIAL = 5  # rows of the embedding after the codes; the others are unused
 
 
-def fingerprint(weights, arithmetic=""):
-    """Twelve hexadecimal digits -> str. They change with any weight and with the arithmetic.
-
-    weights: {name: tensor}.
-    """
-    digest = hashlib.sha256(arithmetic.encode())
+def fingerprint(weights):
+    """{name: tensor} -> str of twelve hexadecimal digits, which change with any weight."""
+    digest = hashlib.sha256()
     for name, weight in sorted(weights.items()):
         digest.update(name.encode() + weight.detach().cpu().contiguous().numpy().tobytes())
     return digest.hexdigest()[:12]

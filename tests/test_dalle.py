@@ -6,12 +6,10 @@ import pytest
 import torch
 from conftest import TINY, call, flags
 
-import data
 import pretrain
 import vqvae
 from dalle import DalleVAE
 from plumbing.cli import UserError
-from plumbing.tokenizing import tokenize
 
 
 def build():
@@ -68,19 +66,12 @@ def test_load_tokenizer_takes_the_released_file(released):
         vqvae.load_tokenizer(folder / "encoder.pkl").decode(torch.zeros(1, 2, 2, dtype=torch.long))
 
 
-def test_tokens_of_a_gpu_are_not_mixed_with_those_of_a_cpu(released, write_video, monkeypatch):
-    """The GPU computes in half precision, so its fingerprint differs."""
-    folder, _, _ = released
-    vae = DalleVAE.from_pickles(folder / "encoder.pkl")
-    write_video(folder / "v.mp4", [50] * 4)
-    arguments = ([(str(folder / "v.mp4"), {})], folder, folder / "s", 8, 32,
-                 data.views_for("pretrain", 32), "encoder.pkl")
-    tokenize(vae, *arguments)
+def test_a_model_that_was_trained_on_a_gpu_reads_videos_on_a_cpu(released, monkeypatch):
+    """Its tokenizer has the same fingerprint on both."""
+    vae = DalleVAE.from_pickles(released[0] / "encoder.pkl")
     before = vae.fingerprint
     monkeypatch.setattr(DalleVAE, "device", property(lambda self: torch.device("cuda")))
-    assert vae.fingerprint != before
-    with pytest.raises(UserError, match=f"fingerprint '{before}', not '{vae.fingerprint}'"):
-        tokenize(vae, *arguments)
+    assert vae.fingerprint == before
 
 
 def test_a_store_can_be_continued_without_the_decoder(released, write_video):
