@@ -2,7 +2,7 @@
 
     python benchmarks/findings.py                 Tables 7 and 8: about 100 minutes on two cores
     python benchmarks/findings.py --all           all tables: a night
-    python benchmarks/findings.py --only 9 10     these tables
+    python benchmarks/findings.py --only 8 10     these tables
     python benchmarks/findings.py --show          runs nothing; prints what has been measured
 
 An experiment is one pre-training. Its model is then judged by two instruments, on each of two
@@ -10,9 +10,9 @@ tasks: a linear probe of its frozen features with 1,000 labelled videos (probe.p
 with 100. Tables share the experiments that they have in common. First all models are pre-trained
 and probed, then all are fine-tuned. Each result is appended to findings.jsonl at once, with its
 settings, seed, commit and versions, so that the command can be stopped and started again; delete a
-line to repeat its part of an experiment. On CPUs an experiment has one thread, so that it gives the
-same numbers on any number of cores. At the end, the tables are printed beside the paper's figures
-and drawn into figures/.
+line to repeat its part of an experiment. An experiment has one thread of a CPU, so that it gives
+the same numbers on any number of cores. At the end, the tables are printed beside the paper's
+figures and drawn into figures/.
 
 A claim is judged by the difference of two rows, seed by seed (a seed gives both rows the same
 videos and labels): shown where the mean difference is above 0 by more than the t quantile (95%,
@@ -32,7 +32,6 @@ import shutil
 import sys
 import time
 import zlib
-from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -51,9 +50,11 @@ import predict
 import pretrain
 import toy
 import vqvae
-from plumbing import runs
-from plumbing.cli import parse, progress
-from plumbing.processes import device_name, pick_precision, seed_all
+from plumbing import cli, runs
+from plumbing.checkpoints import read_checkpoint
+from plumbing.cli import UserError, parse, progress
+from plumbing.files import read_lines
+from plumbing.processes import end_with, seed_all
 from plumbing.runs import read_metrics
 from plumbing.versions import commit
 from prepare import open_stores, pick_labels
@@ -70,15 +71,18 @@ TASKS = ("motion", "scene")  # temporal and spatial, judged by both instruments
 PROBED = (*TASKS, "shape")
 PROBE_LABELS = 1000
 CLIPS = 4  # of a video, for the probe and at test
-# The rate is the best for both on the validation split: label_curve.py --rates
+# The rate is the best on average on the validation split: label_curve.py --rates
 FINETUNING = dict(num_labels=100, batch=16, steps=200, lr=4e-3)
-SCRATCH = dict(FINETUNING, from_scratch=True, steps=800)  # four times the steps, as in Table 4
+# Table 4: without pre-training 4 times the epochs on three datasets, 1.5 times on two
+SCRATCH = dict(FINETUNING, from_scratch=True, steps=800)
+CPU = torch.device("cpu")
+ON_CPU = dict(device="cpu", precision="fp32")  # bfloat16 gives other numbers on other CPUs
 T = {3: 4.30, 4: 3.18, 5: 2.78}  # quantiles of Student's t for so many seeds, two-sided 95%
 
 # ---------------------------------------------------------------- one experiment
 
 
-def make_world(device):
+def make_world():
     """The videos, a tokenizer trained on them, and their tokens."""
     torch.set_num_threads(2)  # on any number of cores, for the same tokenizer
     toy.make(HOME, SPLITS)
@@ -89,8 +93,11 @@ def make_world(device):
         videos = [video for video, _ in splits["pretrain"]]
         vqvae.make_tokenizer(videos, path, fps, size, 8000, codes=preset["codes"],
                              steps=preset["tokenizer_steps"], batch=64, lr=2e-3, seed=0,
-                             device=device)
-    tokenizer, views = vqvae.load_tokenizer(path).to(device), data.views_for("pretrain", size)
+                             device=CPU)
+    tokenizer, views = vqvae.load_tokenizer(path), data.views_for("pretrain", size)
+    if tokenizer.vocab_size != preset["codes"]:
+        raise UserError(f"{path} has {tokenizer.vocab_size} codes, not {preset['codes']}: "
+                        f"delete {HOME}")
     for split, videos in splits.items():
         vqvae.tokenize(tokenizer, videos, HOME, HOME / "tokens" / split, fps, size, views,
                        path.name, toy.CLASSES)
@@ -106,31 +113,32 @@ def flags(settings):
     return parts
 
 
-def pretraining_config(changes, seed, out, device):
+def pretraining_config(changes, seed, out):
     """changes: a row of a table, None for an untrained model: one step at rate 0."""
     usual = {**pretrain.PRESETS["toy"], **RECIPE}
     recipe = {**usual, **({"steps": 1, "warmup": 1.0} if changes is None else changes)}
     if recipe["batch"] != usual["batch"]:  # as many videos in all
         recipe["steps"] = math.ceil(usual["steps"] * usual["batch"] / recipe["batch"])
     recipe |= dict(seed=seed, out=out, micro_batch=recipe["batch"], knn_every=recipe["steps"],
-                   save_every=recipe["steps"], log_every=min(100, recipe["steps"]), **on(device))
-    config = parse(pretrain.Config, flags(recipe), "", pretrain.PRESETS)
-    config.precision = pick_precision(config.precision, device)
-    return config
+                   save_every=recipe["steps"], log_every=min(100, recipe["steps"]), **ON_CPU)
+    return parse(pretrain.Config, flags(recipe), "", pretrain.PRESETS)
 
 
-def pretrained(changes, seed, out, device):
-    """Pre-trains a model, or for None makes an untrained one -> its figures on held-out videos."""
-    config = pretraining_config(changes, seed, out, device)
+def pretrained(changes, seed, out):
+    """Pre-trains a model, or for None makes an untrained one -> its figures on held-out videos.
+
+    Speed and seconds are of the process's own time, as other programs share the CPU.
+    """
+    config = pretraining_config(changes, seed, out)
     store = data.TokenStore(HOME / "tokens/pretrain")
     runs.resolve_batch(config, len(data.hold_out(len(store), config.held_out)[0]), 1)
     shutil.rmtree(out, ignore_errors=True)  # of an experiment that was stopped
     seed_all(seed)
     shape = config.transformer(store.header["vocab_size"], store.height, store.width)
-    model = pretrain.Vimpac(shape, config.projection_hidden, config.projection_layers).to(device)
-    start = seconds(device)
-    pretrain.train(config, model, store, device, HOME / "tokens")
-    took = seconds(device) - start
+    model = pretrain.Vimpac(shape, config.projection_hidden, config.projection_layers)
+    start = time.process_time()
+    pretrain.train(config, model, store, CPU, HOME / "tokens")
+    took = time.process_time() - start
     last = [record for record in read_metrics(out) if "held_out_loss" in record][-1]
     figures = {"seconds": round(took, 1), "speed": config.steps * config.batch / took,
                "copied": copied(config, store)}
@@ -141,16 +149,6 @@ def pretrained(changes, seed, out, device):
     if changes is not None and config.alpha:
         figures["contrastive loss"] = last["held_out_contrastive_loss"]
     return figures
-
-
-def on(device):
-    """On CPUs float32: only some of them have bfloat16, which gives other numbers."""
-    return dict(device=device.type, precision="fp32" if device.type == "cpu" else "auto")
-
-
-def seconds(device):
-    """A clock. On a CPU, which other programs share, it is this process's time."""
-    return time.process_time() if device.type == "cpu" else time.perf_counter()
 
 
 def copied(config, store):
@@ -167,13 +165,22 @@ def copied(config, store):
     return 100 * correct[mask].float().mean().item()
 
 
-def probed(checkpoint, seed, device):
+def finished(out):
+    """Whether a folder holds a model that was pre-trained to the end -> bool."""
+    checkpoint = Path(out) / "last.pt"
+    if not checkpoint.is_file():
+        return False
+    content = read_checkpoint(checkpoint)
+    return content["step"] == content["steps"]
+
+
+def probed(checkpoint, seed):
     """Linear probes of a model -> {task: probabilities of the test videos (videos, C)}."""
-    backbone = load_backbone(checkpoint).to(device)
+    backbone = load_backbone(checkpoint)
     train, test = (data.TokenStore(HOME / "tokens" / split) for split in ("train", "test"))
     features, queries = (
         video_features(backbone, store, np.arange(len(store)), predict.clip_fps(checkpoint), CLIPS,
-                       on(device)["precision"]) for store in (train, test))
+                       ON_CPU["precision"]) for store in (train, test))
     probabilities = {}
     for task in PROBED:
         labels = torch.tensor(train.labels(task), dtype=torch.long)
@@ -183,25 +190,24 @@ def probed(checkpoint, seed, device):
     return probabilities
 
 
-def finetuned(checkpoint, out, task, seed, device, recipe):
+def finetuned(checkpoint, out, task, seed, recipe):
     """Fine-tunes a pre-trained model -> its probabilities of the test videos (videos, C).
 
     recipe: flags of finetune.py.
     """
     settings = dict(checkpoint=checkpoint, labels=task, seed=seed, data=HOME / "tokens", out=out,
-                    clips=CLIPS, **recipe, **on(device))
+                    clips=CLIPS, **recipe, **ON_CPU)
     config = parse(finetune.Config, flags(settings), "", finetune.PRESETS, "dataset")
-    config.precision = pick_precision(config.precision, device)
     config.micro_batch = config.batch
     shutil.rmtree(config.out, ignore_errors=True)
     stores, _ = open_stores(config)
     labels, classes = pick_labels(stores, config.labels)
     backbone = load_backbone(config.checkpoint, dropout=config.dropout)
-    model = finetune.build(config, backbone, stores, len(classes)).to(device)
+    model = finetune.build(config, backbone, stores, len(classes))
     test = stores[config.eval_split]
-    finetune.train(config, model, stores["train"], labels, device,
+    finetune.train(config, model, stores["train"], labels, CPU,
                    predict.origin(test, labels=labels, classes=classes))
-    return finetune.evaluate(model, test, config, device).cpu()
+    return finetune.evaluate(model, test, config, CPU)
 
 
 def top_1(p, task, split="test"):
@@ -211,8 +217,8 @@ def top_1(p, task, split="test"):
 
 
 def folder(changes, seed):
-    """The folder of an experiment."""
-    name = json.dumps([changes, seed])
+    """The folder of an experiment with these settings."""
+    name = json.dumps([changes, seed, settings("pre-training")])
     return f"runs/findings/{zlib.crc32(name.encode()):08x}"
 
 
@@ -225,22 +231,26 @@ def quiet():
         yield
 
 
-def experiment(job, device="cpu"):
+def experiment(job):
     """One part of an experiment -> {figure: number}.
 
-    job: {"changes": a row of a table, "seed": int, "part": one of PARTS, ...}.
+    job: {"changes": a row of a table, "seed": int, "part": one of PARTS, "settings": dict}.
+    Raises UserError if the settings of this file have changed since the job was set.
     """
-    device, out, seed = torch.device(device), folder(job["changes"], job["seed"]), job["seed"]
+    changes, seed, part = job["changes"], job["seed"], job["part"]
+    if job["settings"] != settings(part):
+        raise UserError("findings.py has changed since this command began")
+    out = folder(changes, seed)
     checkpoint = Path(out) / "last.pt"
     with quiet():
-        if job["part"] == "pre-training" or not checkpoint.is_file():
-            figures = pretrained(job["changes"], seed, out, device)
-        if job["part"] == "pre-training":
-            answers = {f"probe {task}": p for task, p in probed(checkpoint, seed, device).items()}
+        if part == "pre-training" or not finished(out):
+            figures = pretrained(changes, seed, out)
+        if part == "pre-training":
+            answers = {f"probe {task}": p for task, p in probed(checkpoint, seed).items()}
             torch.save(answers, f"{out}/probes.pt")  # for the pictures
             return figures | {name: top_1(p, name.split()[1]) for name, p in answers.items()}
-        recipe = SCRATCH if job["changes"] is None else FINETUNING
-        answers = {task: finetuned(checkpoint, f"{out}/{task}", task, seed, device, recipe)
+        recipe = SCRATCH if changes is None else FINETUNING
+        answers = {task: finetuned(checkpoint, f"{out}/{task}", task, seed, recipe)
                    for task in TASKS}
     figures = {task: top_1(p, task) for task, p in answers.items()}
     return figures | {"one class": sum(len(p.argmax(dim=1).unique()) == 1
@@ -248,13 +258,6 @@ def experiment(job, device="cpu"):
 
 
 # ---------------------------------------------------------------- what to run
-
-
-def read():
-    """The results so far -> [dict]."""
-    if not RESULTS.is_file():
-        return []
-    return [json.loads(line) for line in RESULTS.read_text().splitlines()]
 
 
 def settings(part=None):
@@ -267,15 +270,15 @@ def settings(part=None):
     return json.loads(json.dumps(values))
 
 
-def result(changes, seed, parts=PARTS):
-    """The figures of an experiment that have been measured with these settings."""
-    figures = {}
-    for part in parts:
-        asked = {"changes": changes, "seed": seed, "part": part, "settings": settings(part)}
-        for entry in read():
-            if asked == {key: entry[key] for key in asked}:
-                figures |= entry["result"]
-    return figures
+def results(changes, parts=PARTS):
+    """The figures of a row that have been measured with these settings -> {seed: {figure: number}}.
+    """
+    by_seed = {}
+    for entry in read_lines(RESULTS):
+        asked = {"changes": changes, "settings": settings(entry["part"])}
+        if entry["part"] in parts and asked == {key: entry[key] for key in asked}:
+            by_seed.setdefault(entry["seed"], {}).update(entry["result"])
+    return by_seed
 
 
 def title(number):
@@ -289,23 +292,23 @@ def jobs(part, tables, seeds):
     for seed, table in itertools.product(seeds, tables):
         for changes in TABLES[table].rows.values():
             job = dict(changes=changes, seed=seed, part=part, settings=settings(part))
-            if job not in waiting and not result(changes, seed, [part]):
+            if job not in waiting and seed not in results(changes, [part]):
                 waiting.append(job)
     return waiting
 
 
-def run(work, waiting, device, path):
-    """Runs jobs, one for each core at a time, or one on a GPU; appends each to a file as it ends.
+def measure_all(work, waiting, path):
+    """Does jobs, one for each core at a time, and appends each to a file as it ends.
 
     work: job (a dict) -> {figure: number}. Each line of the file is a job with its result.
     """
     origin = {"commit": commit(), "torch": torch.__version__, "numpy": np.__version__,
-              "python": sys.version.split()[0], "device": device_name(torch.device(device))}
-    workers = os.cpu_count() if device == "cpu" else 1
-    spawn = multiprocessing.get_context("spawn")
-    with concurrent.futures.ProcessPoolExecutor(workers, spawn) as pool:
-        running = {pool.submit(work, job): job for job in waiting}
-        ended = concurrent.futures.as_completed(running)
+              "python": sys.version.split()[0], "device": "cpu"}
+    pool = concurrent.futures.ProcessPoolExecutor(
+        os.cpu_count(), multiprocessing.get_context("spawn"), end_with, (os.getpid(),))
+    running = {pool.submit(work, job): job for job in waiting}
+    ended = concurrent.futures.as_completed(running)
+    try:
         for done in progress(ended, "experiments", len(running), " experiments"):
             if not done.exception():
                 figures = {name: round(value, 4) for name, value in done.result().items()}
@@ -313,15 +316,11 @@ def run(work, waiting, device, path):
                     file.write(json.dumps({**running[done], "result": figures, **origin}) + "\n")
         for done in running:
             done.result()  # raises the error of an experiment, after all others were saved
+    finally:
+        pool.shutdown(cancel_futures=True)
 
 
 # ---------------------------------------------------------------- tables and verdicts
-
-
-def values(changes, figure, seeds):
-    """A figure of each seed -> {seed: number}, without those not measured."""
-    results = {seed: result(changes, seed) for seed in seeds}
-    return {seed: figures[figure] for seed, figures in results.items() if figure in figures}
 
 
 def spread(by_seed, seeds, digits=1):
@@ -352,10 +351,19 @@ def verdict(higher, lower, digits=1):
 def measured(number, seeds):
     """A table's figures that have been measured -> {row: {figure: {seed: number}}}."""
     table = TABLES[number]
-    rows = {row: {figure: values(changes, figure, seeds) for figure in table.figures}
-            for row, changes in table.rows.items()}
-    there = [figure for figure in table.figures if any(row[figure] for row in rows.values())]
-    return {row: {figure: figures[figure] for figure in there} for row, figures in rows.items()}
+    rows = {row: by_figure(changes, seeds) for row, changes in table.rows.items()}
+    there = [figure for figure in table.figures if any(figure in row for row in rows.values())]
+    return {row: {figure: figures.get(figure, {}) for figure in there}
+            for row, figures in rows.items()}
+
+
+def by_figure(changes, seeds):
+    """-> {figure: {seed: number}} of a row, without those not measured."""
+    figures = {}
+    for seed, numbers in sorted(results(changes).items()):
+        for figure, number in numbers.items() if seed in seeds else ():
+            figures.setdefault(figure, {})[seed] = number
+    return figures
 
 
 def lines(number, seeds):
@@ -376,7 +384,7 @@ def lines(number, seeds):
                 for instrument, name in instruments.items() if name in there]
         text.append(f"- {claim}: {'; '.join(said) or 'not measured'}")
     ones = [count for changes in table.rows.values()
-            for count in values(changes, "one class", seeds).values()]
+            for count in by_figure(changes, seeds).get("one class", {}).values()]
     if ones:
         count = f"{sum(ones):.0f} of {len(ones) * len(TASKS)}"
         text += ["", f"Fine-tuned models that answer one class to every video: {count}."]
@@ -393,12 +401,13 @@ def show(tables, seeds):
         print(f"\n## {title(number)}\n")
         print("\n".join(lines(number, seeds)))
         rows, name = measured(number, seeds), number.replace(" ", "_")
-        draw_table(FIGURES / f"table_{name}.png", title(number), rows)
+        if any(rows.values()):
+            draw_table(FIGURES / f"table_{name}.png", title(number), rows)
         folders = {row: Path(folder(changes, seeds[0]))
                    for row, changes in TABLES[number].rows.items()}
         here = all((run / "probes.pt").is_file() for run in folders.values())
         if number in ("7", "8") and here:
-            said = (f"In miniature, {title(number)} (seed {seeds[0]}; the same blocks are hidden "
+            said = (f"In miniature, {title(number)}\n(seed {seeds[0]}; the same blocks are hidden "
                     f"from all models)")
             draw_models(FIGURES / f"models_{name}.png", said, rows, folders, HOME)
 
@@ -413,16 +422,14 @@ def main():
                         help="default: 0 1 2 3 4")
     parser.add_argument("--show", action="store_true",
                         help="run nothing: print and draw what has been measured")
-    parser.add_argument("--device", default="cpu", choices=["cpu", "cuda"], help="default: cpu")
     asked = parser.parse_args()
     tables = list(TABLES) if asked.all else asked.only
     if not asked.show:
-        make_world(torch.device(asked.device))
+        make_world()
         for part in PARTS:
-            run(partial(experiment, device=asked.device), jobs(part, tables, asked.seeds),
-                asked.device, RESULTS)
+            measure_all(experiment, jobs(part, tables, asked.seeds), RESULTS)
     show(tables, asked.seeds)
 
 
 if __name__ == "__main__":
-    main()
+    cli.run(main)

@@ -1,4 +1,4 @@
-"""How many labels pre-training saves: fine-tuning against training from scratch.
+"""What pre-training is worth, by the number of labels: fine-tuning against from scratch.
 
     python benchmarks/label_curve.py            after findings.py: an hour on two cores
     python benchmarks/label_curve.py --rates    the learning rates, chosen on validation videos
@@ -6,23 +6,22 @@
 
 World, models (Table 7: both tasks, and none), seeds and recipes are those of findings.py; only the
 number of labels varies, from 25 to 1,600. The accuracies with 100 labels are findings.py's own.
-Training from scratch takes four times the steps. Each result is appended to label_curve.jsonl, so
-that the command can be stopped and started again; the curve is drawn into figures/label_curve.png.
+All models take the same number of steps, from scratch four times as many. Each result is appended
+to label_curve.jsonl, so that the command can be stopped and started again; the curve is drawn into
+figures/label_curve.png.
 """
 import argparse
 import itertools
-import json
-from pathlib import Path
 
 import findings
 import numpy as np
-import torch
 from findings import FINETUNING, SCRATCH, TASKS
 from matplotlib.figure import Figure
 from paper_tables import BOTH
 
-from plumbing.cli import UserError
-from plumbing.pictures import draw_lines, save
+from plumbing.cli import UserError, run
+from plumbing.files import read_lines
+from plumbing.pictures import save
 
 RESULTS = findings.ROOT / "benchmarks/label_curve.jsonl"
 # {way: (row of Table 7, recipe)}
@@ -38,30 +37,28 @@ def job(way, task, seed, **changes):
 
 def measure(job):
     """-> {"top-1": percent}, of the test videos or of recipe["eval_split"]."""
-    checkpoint = Path(findings.folder(WAYS[job["way"]][0], job["seed"])) / "last.pt"
-    if not checkpoint.is_file():
-        raise UserError(f"{checkpoint} is missing: run benchmarks/findings.py first")
+    folder = findings.folder(WAYS[job["way"]][0], job["seed"])
+    if not findings.finished(folder):
+        raise UserError(f"{folder} holds no model: run benchmarks/findings.py first")
     recipe, split = job["recipe"], job["recipe"].get("eval_split", "test")
     name = "-".join(f"{key}={value}" for key, value in recipe.items())
-    out = f"{checkpoint.parent}/labels/{name}"
+    out = f"{folder}/labels/{job['task']}-{name}"
     with findings.quiet():
-        p = findings.finetuned(checkpoint, out, job["task"], job["seed"], torch.device("cpu"),
-                               recipe)
+        p = findings.finetuned(f"{folder}/last.pt", out, job["task"], job["seed"], recipe)
     return {"top-1": findings.top_1(p, job["task"], split)}
 
 
-def read():
-    """The results so far -> {job as JSON: top-1 in percent}."""
-    lines = RESULTS.read_text().splitlines() if RESULTS.is_file() else []
-    entries = [json.loads(line) for line in lines]
+def results():
+    """What has been measured -> [(job, top-1 in percent)]."""
     keys = job("pre-trained", "motion", 0).keys()
-    return {json.dumps({key: entry[key] for key in keys}): entry["result"]["top-1"]
-            for entry in entries}
+    return [({key: entry[key] for key in keys}, entry["result"]["top-1"])
+            for entry in read_lines(RESULTS)]
 
 
 def value(*arguments, **changes):
-    """The result of a job, None where it has not been run."""
-    return read().get(json.dumps(job(*arguments, **changes)))
+    """The result of a job, None where it has not been done."""
+    asked = job(*arguments, **changes)
+    return next((top_1 for done, top_1 in results() if done == asked), None)
 
 
 # ---------------------------------------------------------------- what to run, and what came of it
@@ -102,7 +99,7 @@ def lines(seeds):
 def by_seed(way, task, count, seeds):
     """-> {seed: top-1 in percent}, without those not measured."""
     if count == FINETUNING["num_labels"]:
-        return findings.values(WAYS[way][0], task, seeds)
+        return findings.by_figure(WAYS[way][0], seeds).get(task, {})
     numbers = {seed: value(way, task, seed, num_labels=count) for seed in seeds}
     return {seed: number for seed, number in numbers.items() if number is not None}
 
@@ -110,25 +107,30 @@ def by_seed(way, task, count, seeds):
 def draw(seeds):
     figure = Figure(figsize=(9, 3.6), layout="constrained")
     for axis, task in zip(figure.subplots(1, 2, sharey=True), TASKS):
-        curves, bands = {}, {}
         for way in WAYS:
             points = {count: list(by_seed(way, task, count, seeds).values()) for count in LABELS}
             points = {count: numbers for count, numbers in points.items() if numbers}
-            curves[way] = [(count, np.mean(numbers)) for count, numbers in points.items()]
-            bands[way] = points
-        draw_lines(axis, {way: points for way, points in curves.items() if points}, title=task,
-                   xlabel="labelled videos", ylabel="top-1 on test videos, %", xscale="log",
-                   ylim=(20, 102))
-        for line, points in zip(axis.get_lines(), bands.values()):
-            axis.fill_between(list(points), [min(numbers) for numbers in points.values()],
-                              [max(numbers) for numbers in points.values()],
-                              color=line.get_color(), alpha=0.15, linewidth=0)
+            if points:
+                draw_band(axis, way, points)
+        axis.set(title=task, xlabel="labelled videos", xscale="log", ylim=(20, 102))
         axis.set_xticks(LABELS, LABELS)
         axis.minorticks_off()
         axis.axhline(25, color="grey", linestyle=":")
+        axis.grid(alpha=0.3)
+    figure.axes[0].set_ylabel("top-1 on test videos, %")
+    figure.axes[0].legend()
     figure.suptitle(f"Fine-tuning against training from scratch (mean and range of {len(seeds)} "
                     f"seeds; dotted: chance)", fontsize=10)
     save(figure, findings.FIGURES / "label_curve.png")
+
+
+def draw_band(axis, name, points):
+    """{labels: [top-1]} -> the means as a line, the ranges as a band."""
+    means = [np.mean(numbers) for numbers in points.values()]
+    (line,) = axis.plot(list(points), means, "o-", label=name)
+    axis.fill_between(list(points), [min(numbers) for numbers in points.values()],
+                      [max(numbers) for numbers in points.values()],
+                      color=line.get_color(), alpha=0.15, linewidth=0)
 
 
 def main():
@@ -139,13 +141,13 @@ def main():
     parser.add_argument("--seeds", nargs="+", type=int, default=SEEDS, metavar="SEED")
     asked = parser.parse_args()
     if not asked.show:
-        jobs = rates() if asked.rates else curve(asked.seeds)
-        done = read()
-        findings.run(measure, [job for job in jobs if json.dumps(job) not in done], "cpu", RESULTS)
+        done = [job for job, _ in results()]
+        jobs = [job for job in (rates() if asked.rates else curve(asked.seeds)) if job not in done]
+        findings.measure_all(measure, jobs, RESULTS)
     print("\n".join(rate_lines() if asked.rates else lines(asked.seeds)))
     if not asked.rates:
         draw(asked.seeds)
 
 
 if __name__ == "__main__":
-    main()
+    run(main)

@@ -12,13 +12,22 @@ PACKAGES = ("torch", "numpy", "imageio", "matplotlib", "tensorboard")
 
 
 def commit():
-    """The commit of this code, with "-dirty" where files have changed -> str, or None."""
-    command = ["git", "describe", "--always", "--dirty", "--exclude", "*"]
-    root = Path(__file__).resolve().parent.parent
+    """The commit of this code, with "-dirty" where files other than results have changed -> str.
+
+    None outside of a git repository.
+    """
     try:
-        done = subprocess.run(command, cwd=root, capture_output=True, text=True, check=True)
+        head = git("rev-parse", "--short", "HEAD")
+        changed = git("status", "--porcelain", "--untracked-files=no", "--", ".",
+                      ":!benchmarks/*.json*")
     except (OSError, subprocess.CalledProcessError):
         return None
+    return head + "-dirty" * bool(changed)
+
+
+def git(*arguments):
+    root = Path(__file__).resolve().parent.parent
+    done = subprocess.run(["git", *arguments], cwd=root, capture_output=True, text=True, check=True)
     return done.stdout.strip()
 
 

@@ -1,6 +1,8 @@
 import contextlib
 import json
 import shutil
+import sys
+from pathlib import Path
 
 import findings
 import pytest
@@ -9,6 +11,8 @@ from conftest import ROOT
 from paper_tables import CONTRAST, MASK
 
 import masking
+from plumbing.cli import UserError
+from plumbing.files import read_lines
 
 SHORT = dict(layers=1, dim=16, heads=2, head_dim=8, mlp_dim=32, batch=4, steps=3, min_stride=2,
              max_stride=2)
@@ -65,7 +69,11 @@ PRETRAINED = {"seconds", "speed", "copied", "kNN motion", "kNN scene", "mask acc
 
 
 def experiment(part, changes):
-    return findings.experiment(dict(changes=changes, seed=1, part=part))
+    return findings.experiment(job(part, changes))
+
+
+def job(part, changes):
+    return dict(changes=changes, seed=1, part=part, settings=findings.settings(part))
 
 
 @pytest.mark.parametrize("changes, lacking", [
@@ -91,12 +99,54 @@ def test_an_experiment_gives_the_same_figures_again(world):
     assert first == second
 
 
+def test_a_model_whose_pre_training_was_stopped_is_not_fine_tuned(world):
+    """It is pre-trained again."""
+    tuned = experiment("fine-tuning", {})
+    checkpoint = Path(findings.folder({}, 1)) / "last.pt"
+    content = torch.load(checkpoint)
+    torch.save({**content, "step": 2}, checkpoint)
+    assert not findings.finished(checkpoint.parent)
+    for weight in content["model"].values():
+        weight.zero_()
+    torch.save({**content, "step": 2}, checkpoint)
+    assert experiment("fine-tuning", {}) == tuned and findings.finished(checkpoint.parent)
+
+
+def test_other_settings_have_other_folders(world, monkeypatch):
+    before = findings.folder({}, 1)
+    monkeypatch.setattr(findings, "RECIPE", dict(SHORT, steps=4))
+    assert findings.folder({}, 1) != before
+
+
+def test_a_change_of_the_settings_while_it_runs_is_refused(world, monkeypatch):
+    waiting = job("fine-tuning", {})
+    monkeypatch.setattr(findings, "FINETUNING", {"steps": 7})
+    with pytest.raises(UserError, match="has changed"):
+        findings.experiment(waiting)
+
+
+def test_a_tokenizer_of_another_size_is_refused(world, monkeypatch):
+    splits = {"pretrain": 24, "train": 12, "val": 8, "test": 6}  # the folder's own
+    monkeypatch.setattr(findings, "SPLITS", splits)
+    monkeypatch.setattr(findings, "RECIPE", dict(SHORT, codes=7))
+    with pytest.raises(UserError, match="256 codes, not 7"):
+        findings.make_world()
+
+
+def test_tables_of_which_nothing_is_measured_are_shown_as_such(monkeypatch, tmp_path, capsys):
+    monkeypatch.setattr(findings, "RESULTS", tmp_path / "findings.jsonl")
+    monkeypatch.setattr(findings, "FIGURES", tmp_path / "figures")
+    monkeypatch.setattr(sys, "argv", ["findings.py", "--all", "--show"])
+    findings.main()
+    assert capsys.readouterr().out.count("not measured") > 20
+
+
 def test_what_is_measured_is_written_down_and_not_run_again(world, monkeypatch, tmp_path):
     path = tmp_path / "findings.jsonl"
     monkeypatch.setattr(findings, "RESULTS", path)
     first, then = (findings.jobs(part, ["7"], [1]) for part in findings.PARTS)
     assert [job["changes"] for job in first] == list(findings.TABLES["7"].rows.values())
-    findings.run(invented, first[:2] + then[:1], "cpu", path)
+    findings.measure_all(invented, first[:2] + then[:1], path)
     assert findings.jobs("pre-training", ["7"], [1]) == first[2:]
     assert findings.jobs("fine-tuning", ["7"], [1]) == then[1:]
     assert len(findings.jobs("pre-training", ["7"], [1, 2])) == 6
@@ -123,13 +173,13 @@ def invented(job):
 
 
 def test_every_figure_says_where_it_comes_from():
-    for entry in findings.read():
+    for entry in read_lines(findings.RESULTS):
         assert entry.keys() == {"changes", "seed", "part", "settings", "result", "commit", "torch",
                                 "numpy", "python", "device"}
 
 
 MEASURED = [number for number, table in findings.TABLES.items()
-            if all(findings.result(changes, SEEDS[0]) for changes in table.rows.values())]
+            if all(SEEDS[0] in findings.results(changes) for changes in table.rows.values())]
 
 
 @pytest.mark.parametrize("number", MEASURED)

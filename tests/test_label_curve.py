@@ -39,7 +39,7 @@ def test_results_are_read_back_and_drawn(monkeypatch, tmp_path):
     jobs = label_curve.curve((0, 1))
     path.write_text("".join(json.dumps({**job, "result": {"top-1": 30.0 + job["seed"]}}) + "\n"
                             for job in jobs[:-1]))
-    assert label_curve.read().keys() == {json.dumps(job) for job in jobs[:-1]}
+    assert label_curve.results() == [(job, 30.0 + job["seed"]) for job in jobs[:-1]]
     table = label_curve.lines((0, 1))
     cells = "30.5 +- 0.7 |"
     assert table[2] == f"| motion, {PRE_TRAINED} | {cells} 75.0 (1 of 2 seeds) | {cells} {cells}"
