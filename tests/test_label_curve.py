@@ -20,6 +20,7 @@ def test_both_ways_try_the_same_rates_and_see_the_same_labels():
         for one, other in zip(*sides):
             assert (one["task"], one["seed"]) == (other["task"], other["seed"])
             assert one["recipe"]["num_labels"] == other["recipe"]["num_labels"]
+            assert jobs is curve or one["recipe"]["lr"] == other["recipe"]["lr"]
             assert 4 * one["recipe"]["steps"] == other["recipe"]["steps"]
             assert other["recipe"]["from_scratch"] and "from_scratch" not in one["recipe"]
     assert len(curve) == 2 * 2 * 2 * 3 and len({json.dumps(job) for job in curve}) == len(curve)
