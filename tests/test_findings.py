@@ -73,7 +73,7 @@ def experiment(part, changes):
 
 
 def job(part, changes):
-    return dict(changes=changes, seed=1, part=part, settings=findings.settings(part))
+    return dict(changes=changes, seed=1, part=part, settings=findings.settings(part, changes))
 
 
 @pytest.mark.parametrize("changes, lacking", [
@@ -160,7 +160,7 @@ def test_what_is_measured_is_written_down_and_not_run_again(world, monkeypatch, 
     assert entry["settings"]["pre-training"] == SHORT
     assert entry["seed"] == 1 and entry["torch"] == torch.__version__
     monkeypatch.setattr(findings, "FINETUNING", {"steps": 7})  # this asks for other fine-tuning
-    assert len(findings.jobs("fine-tuning", ["7"], [1])) == 4
+    assert len(findings.jobs("fine-tuning", ["7"], [1])) == 3
     assert findings.jobs("pre-training", ["7"], [1]) == first[2:]
     monkeypatch.setattr(findings, "CLIPS", 3)  # and this for all again
     assert len(findings.jobs("pre-training", ["7"], [1])) == 4

@@ -34,7 +34,7 @@ def test_results_are_read_back_and_drawn(monkeypatch, tmp_path):
     monkeypatch.setattr(findings, "RESULTS", tmp_path / "findings.jsonl")
     findings.RESULTS.write_text("".join(json.dumps({
         "changes": changes, "seed": 1, "part": "fine-tuning",
-        "settings": findings.settings("fine-tuning"),
+        "settings": findings.settings("fine-tuning", changes),
         "result": {"motion": top_1, "scene": 30.0}}) + "\n" for changes, top_1 in
         ((BOTH, 75.0), (None, 32.0))))
     jobs = label_curve.curve((0, 1))
