@@ -41,7 +41,7 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
 from findings_figures import draw_models, draw_table
-from paper_tables import TABLES
+from paper_tables import TABLES, heading
 
 import data
 import finetune
@@ -375,7 +375,8 @@ def lines(number, seeds):
     table, rows = TABLES[number], measured(number, seeds)
     there = list(next(iter(rows.values())))
     digits = {figure: 3 if "loss" in figure else 1 for figure in there}
-    text = [f"| | {' | '.join(there)} | the paper |", f"| --- {'| --- ' * (len(there) + 1)}|"]
+    text = [f"| | {' | '.join(map(heading, there))} | the paper |",
+            f"| --- {'| --- ' * (len(there) + 1)}|"]
     for (name, figures), paper in zip(rows.items(), table.paper):
         cells = [spread(figures[figure], seeds, digits[figure]) for figure in there]
         text.append(f"| {name} | {' | '.join(cells)} | {paper} |".replace("H|W", "H\\|W"))

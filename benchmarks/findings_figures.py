@@ -2,6 +2,7 @@
 import numpy as np
 import torch
 from matplotlib.figure import Figure
+from paper_tables import heading
 
 import data
 import monitor
@@ -31,7 +32,7 @@ def draw_table(path, title, rows):
     for axis, name in zip(axes, figures):
         for i, row in enumerate(rows.values()):
             draw_seeds(axis, i, row[name])
-        axis.set(title=name, xlabel=UNITS.get(name, "top-1 in %"))
+        axis.set(title=heading(name), xlabel=UNITS.get(name, "top-1 in %"))
         axis.set_yticks(range(len(rows)), list(rows))
         axis.margins(x=0.1, y=0.15)
         axis.grid(alpha=0.3)

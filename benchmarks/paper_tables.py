@@ -4,6 +4,11 @@ from typing import NamedTuple
 JUDGED = ("probe motion", "probe scene", "probe shape", "motion", "scene")
 
 
+def heading(figure):
+    """The name of a figure for readers."""
+    return f"fine-tuned {figure}" if figure in ("motion", "scene") else figure
+
+
 class Table(NamedTuple):
     """A table of the paper.
 

@@ -152,7 +152,8 @@ def test_what_is_measured_is_written_down_and_not_run_again(world, monkeypatch, 
     assert len(findings.jobs("pre-training", ["7"], [1, 2])) == 6
     assert len(findings.jobs("pre-training", ["7", "8"], [1])) == 3  # block is mask only
     table = findings.lines("7", [1])
-    assert table[0] == "| | mask accuracy | motion | scene | the paper |"  # what was measured
+    said = "| | mask accuracy | fine-tuned motion | fine-tuned scene | the paper |"
+    assert table[0] == said  # what was measured
     assert table[2].startswith("| none | 50.0 | 25.0 | 5.0 | SSV2 1.2")
     assert table[4].startswith("| mask only | - | - | - |")
     assert table[-1].endswith("every video: 2 of 2.")
