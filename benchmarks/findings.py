@@ -396,6 +396,22 @@ def lines(number, seeds):
     return text
 
 
+def summary(seeds):
+    """The README's table of Tables 7 and 8: means over the seeds -> [line]."""
+    figures = ("mask accuracy", *TASKS, *(f"probe {task}" for task in TASKS))
+    tasks, masks = measured("7", seeds), measured("8", seeds)
+    rows = {"none": tasks["none"], "contrastive only": tasks["contrastive only"],
+            "mask only, i.i.d.": masks["i.i.d."], "mask only, blocks": masks["block"],
+            "both, blocks": tasks["both"]}
+    text = [f"| pre-training | {' | '.join(map(heading, figures))} |",
+            f"| --- {'| --- ' * len(figures)}|"]
+    for name, row in rows.items():
+        cells = [f"{np.mean(list(row[figure].values())):.1f}" if row[figure] else "-"
+                 for figure in figures]
+        text.append(f"| {name} | {' | '.join(cells)} |")
+    return text
+
+
 # ---------------------------------------------------------------- the command
 
 

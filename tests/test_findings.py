@@ -183,6 +183,11 @@ MEASURED = [number for number, table in findings.TABLES.items()
             if all(SEEDS[0] in findings.results(changes) for changes in table.rows.values())]
 
 
+@pytest.mark.parametrize("line", findings.summary(SEEDS))
+def test_the_readme_shows_the_tables_that_were_measured(line):
+    assert line in (ROOT / "README.md").read_text().splitlines()
+
+
 @pytest.mark.parametrize("number", MEASURED)
 def test_the_page_shows_the_tables_that_were_measured(number):
     shown = (ROOT / "benchmarks/README.md").read_text().splitlines()
