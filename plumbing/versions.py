@@ -12,14 +12,14 @@ PACKAGES = ("torch", "numpy", "imageio", "matplotlib", "tensorboard")
 
 
 def commit():
-    """The commit of this code, with "-dirty" where files other than results have changed -> str.
+    """The commit of this code, with "-dirty" where more than results has changed -> str.
 
     None outside of a git repository.
     """
     try:
         head = git("rev-parse", "--short", "HEAD")
         changed = git("status", "--porcelain", "--untracked-files=no", "--", ".",
-                      ":!benchmarks/*.json*")
+                      ":!benchmarks/*.json*", ":!benchmarks/figures")
     except (OSError, subprocess.CalledProcessError):
         return None
     return head + "-dirty" * bool(changed)
