@@ -428,8 +428,8 @@ def show(tables, seeds):
                    for row, changes in TABLES[number].rows.items()}
         here = all((run / "probes.pt").is_file() for run in folders.values())
         if number in ("7", "8") and here:
-            said = (f"In miniature, {title(number)}\n(seed {seeds[0]}; the same blocks are hidden "
-                    f"from all models)")
+            said = (f"In miniature, {title(number)}\n(pictures and bars: seed {seeds[0]}, the same "
+                    f"blocks hidden from all; accuracies: all seeds)")
             draw_models(FIGURES / f"models_{name}.png", said, rows, folders, HOME)
 
 

@@ -51,7 +51,7 @@ def draw_seeds(axis, y, by_seed):
 
 def draw_models(path, title, rows, runs, home):
     """Models side by side, a column each: clips of test videos with the same blocks hidden, what
-    the model fills in, which classes a linear probe of it reads, and how often the probe is right.
+    the model fills in, which classes a linear probe of it reads, and its accuracies.
 
     rows: {model: {figure: {seed: number}}}. runs: {model: its folder}. home: the world's folder.
     """
@@ -64,20 +64,19 @@ def draw_models(path, title, rows, runs, home):
     figure.suptitle(title, fontsize=13)
     for column, (name, run) in zip(figure.subfigures(1, len(rows), wspace=0.03), runs.items()):
         right = list(rows[name]["mask accuracy"].values())
-        said = (f"{np.mean(right):.1f}% right under masks as in training" if right else
+        said = (f"fills in {np.mean(right):.1f}% right, hidden as in its training" if right else
                 "not trained to fill in")
         column.suptitle(f"{name}\n{said}", fontsize=11)
-        axes = column.subplots(3 + SHOWN, 1, height_ratios=[3.2] * SHOWN + [1.1] * 2 + [1.2])
+        axes = column.subplots(3 + SHOWN, 1, height_ratios=[3.2] * SHOWN + [1.1] * 2 + [1.8])
         for axis, picture in zip(axes, filled_in(run, store, videos, home)):
             frames = np.arange(picture.shape[1])[::every]
-            draw_grid(axis, picture[1:, frames], ("video", "hidden", "filled in"), frames + 1,
+            draw_grid(axis, picture[1:, frames], ("decoded", "hidden", "filled in"), frames + 1,
                       xlabel="frame of the clip")
         probes = torch.load(run / "probes.pt", weights_only=True)
         for axis, (task, classes) in zip(axes[SHOWN:], labels.items()):
             truth = [classes[video] for video in videos]
             draw_reading(axis, probes[f"probe {task}"][videos], truth, task)
-        tasks = {task: rows[name][f"probe {task}"] for task in labels}
-        draw_accuracies(axes[-1], tasks, len(store))
+        draw_accuracies(axes[-1], rows[name], labels)
     save(figure, path)
 
 
@@ -101,21 +100,29 @@ def draw_reading(axis, p, truth, task):
         x = np.arange(len(names)) + i * (len(names) + 1)
         axis.bar(x, 100 * np.array(chances),
                  color=[DARK if k == right else GREY for k in range(len(names))])
+        axis.text(x.mean(), 85, ("upper video", "lower video")[i], ha="center", fontsize=8)
         ticks += x.tolist()
     axis.set_xticks(ticks, names * len(p), rotation=35, ha="right", fontsize=8)
-    axis.set(ylim=(0, 100), ylabel="%")
-    axis.set_title(f"{task} of the two videos, read by a probe (dark: the truth)", fontsize=8)
+    axis.set(ylim=(0, 100), ylabel="probability, %")
+    axis.set_title(f"{task} as a linear probe reads it (dark: the truth)", fontsize=8)
 
 
-def draw_accuracies(axis, tasks, videos):
-    """{task: {seed: top-1}} on so many test videos."""
-    for y, by_seed in enumerate(tasks.values()):
-        draw_seeds(axis, y, by_seed)
-        mean = np.mean(list(by_seed.values()))
-        axis.annotate(f"{mean:.1f}%", (mean, y), (0, 7), textcoords="offset points", ha="center",
+def draw_accuracies(axis, figures, labels):
+    """{figure: {seed: top-1}} of the probe and of fine-tuning, on test videos.
+
+    labels: {task: the class of each video}. A dotted line marks its most frequent class.
+    """
+    names = [name for task in labels for name in (f"probe {task}", task) if name in figures]
+    for y, name in enumerate(names):
+        draw_seeds(axis, y, figures[name])
+        mean = np.mean(list(figures[name].values()))
+        axis.annotate(f"{mean:.1f}%", (mean, y), (0, 6), textcoords="offset points", ha="center",
                       fontsize=8)
-    axis.axvline(25, color="grey", linestyle=":")
-    axis.set_yticks(range(len(tasks)), list(tasks))
-    axis.set(xlim=(20, 100), ylim=(1.6, -0.8), xlabel="top-1 in % (dotted: chance)")
-    axis.set_title(f"the probe on {videos:,} test videos, seed by seed", fontsize=8)
+        classes = labels[name.split()[-1]]
+        constant = 100 * np.bincount(classes).max() / len(classes)
+        axis.vlines(constant, y - 0.5, y + 0.5, color="grey", linestyle=":")
+    axis.set_yticks(range(len(names)), [heading(name) for name in names])
+    axis.set(xlim=(20, 100), ylim=(len(names) - 0.4, -0.8), xlabel="top-1 in %")
+    axis.set_title(f"{len(classes):,} test videos, all seeds (dotted: one answer to all)",
+                   fontsize=8)
     axis.grid(alpha=0.3)
