@@ -59,3 +59,8 @@ def test_the_models_of_table_7_are_needed(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     with pytest.raises(UserError, match=f"{findings.folder(BOTH, 0)}.*findings.py"):
         label_curve.measure(label_curve.job(PRE_TRAINED, "motion", 0))
+
+
+@pytest.mark.parametrize("line", label_curve.lines(label_curve.SEEDS))
+def test_the_page_shows_the_curve_that_was_measured(line):
+    assert line in (findings.ROOT / "benchmarks/README.md").read_text().splitlines()
