@@ -428,18 +428,18 @@ def test_a_fifth_of_each_class_is_set_apart(labels):
         assert apart == (0 if count == 1 else max(1, round(count / 5)))
 
 
-@pytest.mark.parametrize("target", ["elsewhere", "root"])
+@pytest.mark.parametrize("target", ["elsewhere", "videos"])
 def test_links_to_folders_are_followed_and_loops_end(tmp_path, target):
-    for folder in ("root/class", "elsewhere"):
+    for folder in ("videos/class", "elsewhere"):
         (tmp_path / folder).mkdir(parents=True)
         (tmp_path / folder / "a.MP4").touch()
-    (tmp_path / "root/class/up").symlink_to(tmp_path / "root")
-    (tmp_path / "elsewhere/back").symlink_to(tmp_path / "root/class")
-    (tmp_path / "root/a link").symlink_to(tmp_path / target)
-    expected = [(f"{tmp_path}/root/class/a.MP4", None)]
+    (tmp_path / "videos/class/up").symlink_to(tmp_path / "videos")
+    (tmp_path / "elsewhere/back").symlink_to(tmp_path / "videos/class")
+    (tmp_path / "videos/a link").symlink_to(tmp_path / target)
+    expected = [(f"{tmp_path}/videos/class/a.MP4", None)]
     if target == "elsewhere":
-        expected.insert(0, (f"{tmp_path}/root/a link/a.MP4", None))
-    assert list_videos("folder", tmp_path / "root", "") == expected
+        expected.insert(0, (f"{tmp_path}/videos/a link/a.MP4", None))
+    assert list_videos("folder", tmp_path / "videos", "") == expected
 
 
 def test_kinetics_videos_may_end_in_capitals(tmp_path, video):

@@ -58,8 +58,9 @@ def test_every_figure_says_where_it_comes_from():
 
 
 def test_from_a_video_file_to_features_in_a_few_lines_of_python(workplace):
-    """README's lines, in a folder with a toy world and a run."""
-    code, names = re.search(r"```python\n(.*?)```", README, re.DOTALL)[1], {}
+    """The page's lines, in a folder with a toy world and a run."""
+    page, names = (ROOT / "docs/python.md").read_text(), {}
+    code = re.search(r"```python\n(.*?)```", page, re.DOTALL)[1]
     with contextlib.chdir(workplace):
         exec(code, names)  # noqa: S102
     dim = names["model"].config.dim
