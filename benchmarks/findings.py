@@ -5,14 +5,14 @@
     python benchmarks/findings.py --only 8 10     these tables
     python benchmarks/findings.py --show          runs nothing; prints what has been measured
 
-An experiment is one pre-training. Its model is then judged by two instruments, on each of two
-tasks: a linear probe of its frozen features with 1,000 labelled videos (probe.py), and fine-tuning
-with 100. Tables share the experiments that they have in common. First all models are pre-trained
-and probed, then all are fine-tuned. Each result is appended to findings.jsonl at once, with its
-settings, seed, commit and versions, so that the command can be stopped and started again; delete a
-line to repeat its part of an experiment. An experiment has one thread of a CPU, so that it gives
-the same numbers on any number of cores. At the end, the tables are printed beside the paper's
-figures and drawn into figures/.
+An experiment is one pre-training. Its model is then judged on each of two tasks by a linear probe
+of its frozen features with 1,000 labelled videos (probe.py), and for Tables 7 and 8 also by
+fine-tuning with 100, which takes longer and varies more. Tables share the experiments that they
+have in common. First all models are pre-trained and probed, then fine-tuned. Each result is
+appended to findings.jsonl at once, with its settings, seed, commit and versions, so that the
+command can be stopped and started again; delete a line to repeat its part of an experiment. An
+experiment has one thread of a CPU, so that it gives the same numbers on any number of cores. At
+the end, the tables are printed beside the paper's figures and drawn into figures/.
 
 A claim is judged by the difference of two rows, seed by seed (a seed gives both rows the same
 videos and labels): shown where the mean difference is above 0 by more than the t quantile (95%,
@@ -285,6 +285,11 @@ def results(changes, parts=PARTS):
     return by_seed
 
 
+def fine_tuned(number):
+    """Whether a table's models are fine-tuned, too -> bool."""
+    return set(TASKS) <= set(TABLES[number].figures)
+
+
 def title(number):
     text = TABLES[number].title
     return f"Table{'s' * (' and ' in number)} {number}: {text[0].lower()}{text[1:]}"
@@ -293,6 +298,7 @@ def title(number):
 def jobs(part, tables, seeds):
     """The experiments of these tables that lack this part; the first seed comes first."""
     waiting = []
+    tables = [table for table in tables if part == "pre-training" or fine_tuned(table)]
     for seed, table in itertools.product(seeds, tables):
         for changes in TABLES[table].rows.values():
             job = dict(changes=changes, seed=seed, part=part, settings=settings(part, changes))
@@ -388,7 +394,7 @@ def lines(number, seeds):
         said = [f"{instrument} {verdict(*(rows[row][name] for row in pair), digits[name])}".strip()
                 for instrument, name in instruments.items() if name in there]
         text.append(f"- {claim}: {'; '.join(said) or 'not measured'}")
-    ones = [count for changes in table.rows.values()
+    ones = [count for changes in table.rows.values() if fine_tuned(number)
             for count in by_figure(changes, seeds).get("one class", {}).values()]
     if ones:
         count = f"{sum(ones):.0f} of {len(ones) * len(TASKS)}"
