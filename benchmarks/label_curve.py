@@ -1,14 +1,14 @@
 """What pre-training is worth, by the number of labels: fine-tuning against from scratch.
 
-    python benchmarks/label_curve.py            after findings.py: an hour on two cores
+    python benchmarks/label_curve.py            after findings.py: an hour and a half on two cores
     python benchmarks/label_curve.py --rates    the learning rates, chosen on validation videos
     python benchmarks/label_curve.py --show     runs nothing; prints and draws what is measured
 
 World, models (Table 7: both tasks, and none), seeds and recipes are those of findings.py; only the
-number of labels varies, from 25 to 1,600. The accuracies with 100 labels are findings.py's own.
-All models take the same number of steps, from scratch four times as many. Each result is appended
-to label_curve.jsonl, so that the command can be stopped and started again; the curve is drawn into
-figures/label_curve.png.
+number of labels varies, from 25 to 1,600, and with it the steps: 200 up to 100 labels, then twice
+as many for four times the labels; from scratch always four times as many. The accuracies with 100
+labels are findings.py's own. Each result is appended to label_curve.jsonl, so that the command can
+be stopped and started again; the curve is drawn into figures/label_curve.png.
 """
 import argparse
 import itertools
@@ -27,7 +27,8 @@ RESULTS = findings.ROOT / "benchmarks/label_curve.jsonl"
 # {way: (row of Table 7, recipe, rate with more than 100 labels)}; rates are the best of the grid
 WAYS = {"pre-trained": (BOTH, FINETUNING, 2e-3),
         "from scratch, 4 times the steps": (None, SCRATCH, 1e-3)}
-LABELS, SEEDS = (25, 100, 400, 1600), (0, 1, 2, 3, 4)
+LABELS = {25: 1, 100: 1, 400: 2, 1600: 4}  # and how many times the recipe's steps
+SEEDS = (0, 1, 2, 3, 4)
 RATES, GRID_LABELS = (5e-4, 1e-3, 2e-3, 4e-3, 8e-3), (100, 1600)
 
 
@@ -67,14 +68,20 @@ def value(*arguments, **changes):
 
 def rates():
     """The grid: seed 0, top-1 on the validation videos."""
-    return [job(way, task, 0, num_labels=count, lr=lr, eval_split="val")
+    return [job(way, task, 0, **tried(way, count, lr))
             for count, way, task, lr in itertools.product(GRID_LABELS, WAYS, TASKS, RATES)]
+
+
+def tried(way, count, lr):
+    """-> what changes in the recipe for a cell of the grid."""
+    return dict(with_labels(way, count), lr=lr, eval_split="val")
 
 
 def with_labels(way, count):
     """-> what changes in the recipe with so many labels."""
     _, recipe, rate = WAYS[way]
-    return dict(num_labels=count, lr=rate if count > FINETUNING["num_labels"] else recipe["lr"])
+    return dict(num_labels=count, lr=rate if count > FINETUNING["num_labels"] else recipe["lr"],
+                steps=LABELS[count] * recipe["steps"])
 
 
 def curve(seeds):
@@ -88,7 +95,7 @@ def rate_lines():
     text = [f"| rate | {' | '.join(f'{lr:g}' for lr in RATES)} |",
             f"| --- {'| --- ' * len(RATES)}|"]
     for count, task, way in itertools.product(GRID_LABELS, TASKS, WAYS):
-        numbers = [value(way, task, 0, num_labels=count, lr=lr, eval_split="val") for lr in RATES]
+        numbers = [value(way, task, 0, **tried(way, count, lr)) for lr in RATES]
         cells = ["-" if number is None else f"{number:.1f}" for number in numbers]
         text.append(f"| {task}, {count:,} labels, {way} | {' | '.join(cells)} |")
     return text
@@ -120,14 +127,14 @@ def draw(seeds):
             if points:
                 draw_band(axis, way, points)
         axis.set(title=task, xlabel="labelled videos", xscale="log", ylim=(20, 102))
-        axis.set_xticks(LABELS, LABELS)
+        axis.set_xticks(list(LABELS), list(LABELS))
         axis.minorticks_off()
         axis.axhline(25, color="grey", linestyle=":")
         axis.grid(alpha=0.3)
     figure.axes[0].set_ylabel("top-1 on test videos, %")
     figure.axes[1].legend(loc="upper left")
-    figure.suptitle(f"Fine-tuning against training from scratch (mean and range of up to "
-                    f"{len(seeds)} seeds; dotted: chance)", fontsize=10)
+    figure.suptitle(f"Fine-tuning against training from scratch (mean and range of {len(seeds)} "
+                    f"seeds; dotted: chance)", fontsize=10)
     save(figure, findings.FIGURES / "label_curve.png")
 
 
