@@ -333,14 +333,18 @@ def measure_all(work, waiting, path):
 # ---------------------------------------------------------------- tables and verdicts
 
 
-def spread(by_seed, seeds, digits=1):
+def spread(by_seed, digits=1):
     """Mean and standard deviation of {seed: number}, as text."""
     if not by_seed:
         return "-"
     numbers = list(by_seed.values())
     deviation = f" +- {np.std(numbers, ddof=1):.{digits}f}" if len(numbers) > 1 else ""
-    fewer = f" ({len(numbers)} of {len(seeds)} seeds)" if len(numbers) < len(seeds) else ""
-    return f"{np.mean(numbers):.{digits}f}{deviation}{fewer}"
+    return f"{np.mean(numbers):.{digits}f}{deviation}"
+
+
+def fewer(by_seed, seeds):
+    """A remark if not all seeds have been measured."""
+    return f" ({len(by_seed)} of {len(seeds)} seeds)" if 0 < len(by_seed) < len(seeds) else ""
 
 
 def verdict(higher, lower, digits=1):
@@ -384,7 +388,12 @@ def lines(number, seeds):
     text = [f"| | {' | '.join(map(heading, there))} | the paper |",
             f"| --- {'| --- ' * (len(there) + 1)}|"]
     for (name, figures), paper in zip(rows.items(), table.paper):
-        cells = [spread(figures[figure], seeds, digits[figure]) for figure in there]
+        cells = [spread(figures[figure], digits[figure]) for figure in there]
+        remarks = [fewer(figures[figure], seeds) for figure in there]
+        if len({remark for remark, cell in zip(remarks, cells) if cell != "-"}) == 1:
+            name += max(remarks)
+        else:
+            cells = [cell + remark for cell, remark in zip(cells, remarks)]
         text.append(f"| {name} | {' | '.join(cells)} | {paper} |".replace("H|W", "H\\|W"))
     text.append("")
     for claim, figure, *pair in table.claims:

@@ -105,7 +105,8 @@ def lines(seeds):
     """The table, in markdown: mean and standard deviation over the seeds -> [line]."""
     text = [f"| labels | {' | '.join(map(str, LABELS))} |", f"| --- {'| --- ' * len(LABELS)}|"]
     for task, way in itertools.product(TASKS, WAYS):
-        cells = [findings.spread(by_seed(way, task, count, seeds), seeds) for count in LABELS]
+        points = [by_seed(way, task, count, seeds) for count in LABELS]
+        cells = [findings.spread(point) + findings.fewer(point, seeds) for point in points]
         text.append(f"| {task}, {way} | {' | '.join(cells)} |")
     return text
 

@@ -159,6 +159,10 @@ def test_what_is_measured_is_written_down_and_not_run_again(world, monkeypatch, 
     assert table[2].startswith("| none | 50.0 | 25.0 | 5.0 | SSV2 1.2")
     assert table[4].startswith("| mask only | - | - | - |")
     assert table[-1].endswith("every video: 2 of 2.")
+    table = findings.lines("7", [1, 2, 3])
+    assert table[2].startswith("| none (1 of 3 seeds) | 50.0 | 25.0 |")
+    assert table[3].startswith("| contrastive only (1 of 3 seeds) | 50.0 | - | - |")
+    assert table[4].startswith("| mask only | - | - | - |")
     entry = json.loads(path.read_text().splitlines()[0])
     assert entry["settings"]["pre-training"] == SHORT
     assert entry["seed"] == 1 and entry["torch"] == torch.__version__
