@@ -11,9 +11,8 @@ import toy
 import vqvae
 from plumbing.pictures import draw_grid, save
 
-UNITS = {"contrastive loss": "gamma x nats (lower: better)", "speed": "videos/s",
-         "mask accuracy": "% of hidden tokens", "copied": "% equal to nearest visible",
-         "kNN scene": "% of other videos"}
+UNITS = {"contrastive loss": "gamma x nats", "speed": "videos/s",
+         "mask accuracy": "% of hidden tokens", "copied": "% equal to nearest visible"}
 LIGHT, DARK, GREY = "#56B4E9", "#0072B2", "#BBBBBB"
 SHOWN = 2  # test videos in a picture of models, of different motions and scenes
 
@@ -64,7 +63,7 @@ def draw_models(path, title, rows, runs, home):
     figure.suptitle(title, fontsize=13)
     for column, (name, run) in zip(figure.subfigures(1, len(rows), wspace=0.03), runs.items()):
         right = list(rows[name]["mask accuracy"].values())
-        said = (f"fills in {np.mean(right):.1f}% right, hidden as in its training" if right else
+        said = (f"fills in {np.mean(right):.1f}% correctly (masks as in training)" if right else
                 "not trained to fill in")
         column.suptitle(f"{name}\n{said}", fontsize=11)
         axes = column.subplots(3 + SHOWN, 1, height_ratios=[3.2] * SHOWN + [1.1] * 2 + [1.8])

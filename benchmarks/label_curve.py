@@ -26,7 +26,7 @@ from plumbing.pictures import save
 RESULTS = findings.ROOT / "benchmarks/label_curve.jsonl"
 # {way: (row of Table 7, recipe, rate with more than 100 labels)}; rates are the best of the grid
 WAYS = {"pre-trained": (BOTH, FINETUNING, 2e-3),
-        "from scratch, 4 times the steps": (None, SCRATCH, 1e-3)}
+        "from scratch, 4 times the steps": (None, SCRATCH, 5e-4)}
 LABELS = {25: 1, 100: 1, 400: 2, 1600: 4}  # and how many times the recipe's steps
 SEEDS = (0, 1, 2, 3, 4)
 RATES, GRID_LABELS = (5e-4, 1e-3, 2e-3, 4e-3, 8e-3), (100, 1600)
