@@ -134,8 +134,8 @@ def draw(seeds):
         axis.grid(alpha=0.3)
     figure.axes[0].set_ylabel("top-1 on test videos, %")
     figure.axes[1].legend(loc="upper left")
-    figure.suptitle(f"Fine-tuning against training from scratch (mean and range of {len(seeds)} "
-                    f"seeds; dotted: chance)", fontsize=10)
+    figure.suptitle(f"Fine-tuning against training from scratch (mean and range of up to "
+                    f"{len(seeds)} seeds; dotted: chance)", fontsize=10)
     save(figure, findings.FIGURES / "label_curve.png")
 
 
