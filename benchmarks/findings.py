@@ -41,7 +41,7 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
 from findings_figures import draw_models, draw_table
-from paper_tables import TABLES, heading
+from paper_tables import PROBED, TABLES, TASKS, heading
 
 import data
 import finetune
@@ -67,8 +67,6 @@ SPLITS = {"pretrain": 2000, "train": 1600, "val": 300, "test": 1000}
 # Differences from the toy preset. With fewer codes, the same steps get further.
 RECIPE = dict(alpha=1.0, layers=2, batch=16, steps=1000, codes=64)
 PARTS = ("pre-training", "fine-tuning")  # of an experiment; the first ends with the probes
-TASKS = ("motion", "scene")  # temporal and spatial, judged by both instruments
-PROBED = (*TASKS, "shape")
 PROBE_LABELS = 1000
 CLIPS = 4  # of a video, for the probe and at test
 # Rates are chosen on the validation split: label_curve.py --rates
@@ -345,6 +343,11 @@ def fewer(by_seed, seeds):
     return f" ({len(by_seed)} of {len(seeds)} seeds)" if 0 < len(by_seed) < len(seeds) else ""
 
 
+def named(row, figures, seeds):
+    """The name of a row, with the fewest seeds that one of its figures has."""
+    return row + fewer(min(filter(None, figures.values()), key=len, default={}), seeds)
+
+
 def verdict(higher, lower, digits=1):
     """Whether one row's figures are above another's -> text.
 
@@ -387,12 +390,8 @@ def lines(number, seeds):
             f"| --- {'| --- ' * (len(there) + 1)}|"]
     for (name, figures), paper in zip(rows.items(), table.paper):
         cells = [spread(figures[figure], digits[figure]) for figure in there]
-        remarks = [fewer(figures[figure], seeds) for figure in there]
-        if len({remark for remark, cell in zip(remarks, cells) if cell != "-"}) == 1:
-            name += max(remarks)
-        else:
-            cells = [cell + remark for cell, remark in zip(cells, remarks)]
-        text.append(f"| {name} | {' | '.join(cells)} | {paper} |".replace("H|W", "H\\|W"))
+        row = f"| {named(name, figures, seeds)} | {' | '.join(cells)} | {paper} |"
+        text.append(row.replace("H|W", "H\\|W"))
     text.append("")
     for claim, figure, *pair in table.claims:
         instruments = {"probe": f"probe {figure}", "fine-tuning": figure}
@@ -436,9 +435,8 @@ def show(tables, seeds):
         print("\n".join(lines(number, seeds)))
         rows, name = measured(number, seeds), number.replace(" ", "_")
         if any(rows.values()):
-            named = {f"{row}{max(fewer(by_seed, seeds) for by_seed in figures.values())}": figures
-                     for row, figures in rows.items()}
-            draw_table(FIGURES / f"table_{name}.png", title(number), named)
+            drawn = {named(row, figures, seeds): figures for row, figures in rows.items()}
+            draw_table(FIGURES / f"table_{name}.png", title(number), drawn)
         folders = {row: Path(folder(changes, seeds[0]))
                    for row, changes in TABLES[number].rows.items()}
         here = all((run / "probes.pt").is_file() for run in folders.values())

@@ -1,13 +1,14 @@
 """The paper's tables as experiments on the toy world: rows, figures, and what the paper says."""
 from typing import NamedTuple
 
-PROBED = ("probe motion", "probe scene", "probe shape")
-FINE_TUNED = ("motion", "scene")
+TASKS = ("motion", "scene")  # temporal and spatial, judged by both instruments
+PROBED = (*TASKS, "shape")
+PROBES = tuple(f"probe {task}" for task in PROBED)
 
 
 def heading(figure):
     """The name of a figure for readers."""
-    return f"fine-tuned {figure}" if figure in FINE_TUNED else figure
+    return f"fine-tuned {figure}" if figure in TASKS else figure
 
 
 class Table(NamedTuple):
@@ -23,7 +24,7 @@ class Table(NamedTuple):
     rows: dict
     paper: tuple
     claims: tuple
-    figures: tuple = ("mask accuracy", "contrastive loss", *PROBED)
+    figures: tuple = ("mask accuracy", "contrastive loss", *PROBES)
 
 
 BOTH = {}
@@ -58,7 +59,7 @@ TABLES = {
              "probe shape", "both", "none"),
             ("(asked here) masks alone are above contrastive learning alone on shapes",
              "probe shape", "mask only", "contrastive only")),
-        figures=("mask accuracy", "contrastive loss", *PROBED, *FINE_TUNED)),
+        figures=("mask accuracy", "contrastive loss", *PROBES, *TASKS)),
     "8": Table(
         title="Which masks, without the contrastive task",
         rows={"block": MASK, "i.i.d.": IID},
@@ -71,7 +72,7 @@ TABLES = {
             ("(asked here) blocks teach more on shapes", "probe shape", "block", "i.i.d."),
             ("under i.i.d. masks a hidden token more often equals its nearest visible neighbour",
              "copied", "i.i.d.", "block")),
-        figures=("mask accuracy", "copied", *PROBED, *FINE_TUNED)),
+        figures=("mask accuracy", "copied", *PROBES, *TASKS)),
     "9 and 15": Table(
         title="How much is hidden, without the contrastive task",
         rows={"block, 11.1%": dict(MASK, blocks=3), "block, 14.5%": MASK,
@@ -141,7 +142,7 @@ TABLES = {
              "scene", "T,H|W", "T,H|W, pre-LN"),
             ("(asked here) post-LN is better than pre-LN on the temporal task",
              "motion", "T,H|W", "T,H|W, pre-LN")),
-        figures=("mask accuracy", "contrastive loss", "speed", *PROBED)),
+        figures=("mask accuracy", "contrastive loss", "speed", *PROBES)),
     "16": Table(
         title="The contrastive loss's weight",
         rows={"alpha 0": MASK, "alpha 0.5": dict(alpha=0.5), "alpha 1": BOTH,
