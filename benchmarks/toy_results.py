@@ -1,6 +1,6 @@
 """What the default commands give on the toy world, over three seeds and two precisions.
 
-    python benchmarks/toy_results.py    about forty minutes on two cores; prints the README's table
+    python benchmarks/toy_results.py    the tables of docs/results.md: forty minutes on two cores
 
 Each run is a process of one thread, so that it gives the same numbers on any number of cores; as
 many run at a time as there are cores. Each result goes to benchmarks/toy_results.json as soon as
@@ -169,7 +169,7 @@ def span(numbers, digits=1):
 
 
 def table():
-    """The README's tables, in markdown: ranges over the seeds -> [line]."""
+    """The tables of docs/results.md, in markdown: ranges over the seeds -> [line]."""
     lines = ["| pre-training | mask accuracy, percent | contrastive loss |", "| --- | --- | --- |"]
     lines += [f"| {name} | {span(values('mask accuracy', precision))} | "
               f"{span(values('contrastive loss', precision), 3)} |"
