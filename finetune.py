@@ -5,8 +5,8 @@
     python finetune.py --freeze-backbone                   a linear probe of the frozen features
     python finetune.py --videos DIR --checkpoint runs/mine/last.pt      labelled videos
     python finetune.py --checkpoint classifier.pt --dataset ucf101 --split 1 --data tokens/ucf101
-    python finetune.py --checkpoint classifier.pt --dataset ucf101-results --data tokens/ucf101-256
-    python finetune.py --predict DIR --csv classes.csv --checkpoint runs/finetune-motion/last.pt
+    python finetune.py --checkpoint classifier.pt --dataset ucf101-results
+    python finetune.py --predict DIR --csv classes.csv
 
 --videos is a folder with a folder for each class, or with train/ and test/ of such folders, or with
 train.txt and test.txt of lines `relative/path.mp4 label`; val is optional. Without a test split, a
@@ -59,7 +59,7 @@ class Config(runs.RunSettings):
     from_scratch: bool = option(False, "random weights, with the sizes of the checkpoint")
     freeze_backbone: bool = option(False, "linear probe: train a classifier of frozen features")
     videos: str = option("", "folder of labelled videos (default: the toy world)")
-    data: str = option("datasets/toy/tokens", "folder of the token stores")
+    data: str = option("datasets/toy/tokens", "token stores (of --videos: beside the checkpoint)")
     split: int = option(0, "1, 2 or 3 of UCF101 and HMDB51 (0: train and test)", least=0, most=3)
     labels: str = option("motion", "label set (the toy: motion, scene, shape, colour)")
     num_labels: int = option(0, "train on so many videos, in class proportion (0: all)", least=0)

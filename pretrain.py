@@ -2,7 +2,7 @@
 
     python pretrain.py                                 the toy world, generated if missing
     python pretrain.py --videos DIR --out runs/mine    a folder of any videos
-    python pretrain.py --preset small --data tokens/howto100m --gpus 8        the paper's models
+    python pretrain.py --preset small --data tokens/howto128 --gpus 8        the paper's models
     python pretrain.py --fill-in VIDEO ... --checkpoint runs/toy/last.pt      pictures of Fig. 5
 
 Shapes: n videos of a contrast group on this process (n of Eq. 4 counts those of all processes),

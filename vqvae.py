@@ -293,14 +293,11 @@ class TokenizeConfig:
     tokenizer: str = option("vqvae.pt", "file of the tokenizer")
     out: str = option("tokens", "folder of the token store")
     frame_size: int = option(128, "frame side in pixels, 8 x 8 a token", multiple=PATCH, most=2048)
-    fps: float = option(0.0, "frames a second (0: 2 for --views pretrain, else 16)", least=0,
-                        most=1000)
+    fps: float | None = option(None, "frames a second (default: 2 for --views pretrain, else 16)",
+                               above=0, most=1000)
     workers: int = option(0, "files at a time (0: one a core and one more)", least=0, most=512)
     batch: int = option(256, "frames of 128 x 128 to encode at once; fewer larger ones", least=1)
     device: str = option("auto", "where to compute", choices=DEVICES)
-
-    def __post_init__(self):
-        self.fps = self.fps or (2.0 if self.views == "pretrain" else 16.0)
 
 
 def train_command(config):
@@ -330,7 +327,8 @@ def tokenize_command(config):
     spans = frame_spans(dataset, root, config.split)
     tokenizer = load_tokenizer(config.tokenizer).to(device)
     views = data.views_for(config.views, config.frame_size, dataset)
-    if not tokenize(tokenizer, videos, root, config.out, config.fps, config.frame_size, views,
+    fps = config.fps or (2.0 if config.views == "pretrain" else 16.0)
+    if not tokenize(tokenizer, videos, root, config.out, fps, config.frame_size, views,
                     Path(config.tokenizer).name, {"label": classes} if classes else None, spans,
                     config.workers, config.batch):
         say(f"{config.out}: {len(videos)} videos tokenised before, nothing is left to do")

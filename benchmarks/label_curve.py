@@ -135,7 +135,7 @@ def draw(seeds):
     figure.axes[0].set_ylabel("top-1 on test videos, %")
     figure.axes[1].legend(loc="upper left")
     figure.suptitle(f"Fine-tuning against training from scratch (mean and range of up to "
-                    f"{len(seeds)} seeds; dotted: chance)", fontsize=10)
+                    f"{len(seeds)} seeds; dotted: guessing)", fontsize=10)
     save(figure, findings.FIGURES / "label_curve.png")
 
 

@@ -174,8 +174,7 @@ def parse_command(config_classes, description):
         sys.exit(print(description))
     for near in difflib.get_close_matches(command, config_classes, 1):
         raise UserError(f"do you mean {script} {near}?")
-    commands = " or ".join(f"{script} {name}" for name in config_classes)
-    raise UserError(f"give a command: {commands} (each with --help)")
+    raise UserError(f"give a command: {script} --help lists them")
 
 
 # ---------------------------------------------------------------- progress
