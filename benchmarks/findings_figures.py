@@ -11,7 +11,7 @@ import toy
 import vqvae
 from plumbing.pictures import draw_grid, save
 
-UNITS = {"contrastive loss": "gamma x nats", "speed": "videos/s",
+UNITS = {"contrastive loss": "gamma x nats",
          "mask accuracy": "% of hidden tokens", "copied": "% equal to nearest visible"}
 LIGHT, DARK, GREY = "#56B4E9", "#0072B2", "#BBBBBB"
 SHOWN = 2  # test videos in a picture of models, of different motions and scenes
