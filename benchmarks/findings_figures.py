@@ -34,6 +34,7 @@ def draw_table(path, title, rows):
         axis.set(title=heading(name), xlabel=UNITS.get(name, "top-1 in %"))
         axis.set_yticks(range(len(rows)), list(rows))
         axis.margins(x=0.1, y=0.15)
+        axis.locator_params(axis="x", nbins=5)
         axis.grid(alpha=0.3)
     axes[0].invert_yaxis()
     save(figure, path)
