@@ -104,7 +104,7 @@ def draw_reading(axis, p, truth, task):
         ticks += x.tolist()
     axis.set_xticks(ticks, names * len(p), rotation=35, ha="right", fontsize=8)
     axis.set(ylim=(0, 100), ylabel="probability, %")
-    axis.set_title(f"{task} as a linear probe reads it (dark: the truth)", fontsize=8)
+    axis.set_title(f"{task} as a linear probe reads it (blue: the true class)", fontsize=8)
 
 
 def draw_accuracies(axis, figures, labels):
