@@ -255,8 +255,9 @@ def measure_loader(videos):
     """Clips/s of one loading process, drawn from a store of so many videos."""
     import loading  # reads and writes stores
     with tempfile.TemporaryDirectory() as folder:
-        loading.make_store(folder, videos)
-        rate = loading.measure_store(folder)[2]
+        store = Path(folder) / "store"
+        loading.make_store(store, videos)
+        rate = loading.measure_store(store)[2]
     return {"model": "loader", "videos": videos, "clips_per_second": round(rate)}
 
 

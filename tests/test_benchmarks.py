@@ -144,6 +144,10 @@ def test_the_command_prints_a_table_and_json_lines():
     assert f"{ratio:.2f}x" in next(line for line in lines if line.startswith("ours"))
 
 
+def test_the_loader_job_measures_a_store_of_so_many_videos():
+    assert throughput.measure_loader(10)["clips_per_second"] > 0
+
+
 def test_tf32_is_refused_without_a_gpu():
     done = call(throughput, "--precisions", "tf32", "--device", "cpu")
     assert done.returncode == 2 and "tf32" in done.stderr
