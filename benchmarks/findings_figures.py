@@ -104,7 +104,7 @@ def draw_reading(axis, p, truth, task):
         ticks += x.tolist()
     axis.set_xticks(ticks, names * len(p), rotation=35, ha="right", fontsize=8)
     axis.set(ylim=(0, 100), ylabel="probability, %")
-    axis.set_title(f"{task} as a linear probe reads it (blue: the true class)", fontsize=8)
+    axis.set_title(f"{task}, read by a linear probe (blue: true class)", fontsize=8)
 
 
 def draw_accuracies(axis, figures, labels):
@@ -123,6 +123,6 @@ def draw_accuracies(axis, figures, labels):
         axis.vlines(constant, y - 0.5, y + 0.5, color="grey", linestyle=":")
     axis.set_yticks(range(len(names)), [heading(name) for name in names])
     axis.set(xlim=(20, 100), ylim=(len(names) - 0.4, -0.8), xlabel="top-1 in %")
-    axis.set_title(f"{len(classes):,} test videos, all seeds (dotted: one answer to all)",
+    axis.set_title(f"{len(classes):,} test videos, all seeds (dotted: one answer)",
                    fontsize=8)
     axis.grid(alpha=0.3)
