@@ -355,7 +355,7 @@ def verdict(higher, lower, digits=1):
     """
     differences = [higher[seed] - lower[seed] for seed in higher if seed in lower]
     if len(differences) not in T:
-        return f"not judged, with {len(differences)} seeds"
+        return "not judged, with too few seeds"
     mean = np.mean(differences)
     error = np.std(differences, ddof=1) / math.sqrt(len(differences))
     bound = T[len(differences)] * error

@@ -26,7 +26,7 @@ SEEDS = (0, 1, 2, 3, 4)
     ([5, 6, 10], [4, 6, 3], "not shown (+2.7, standard error 2.2)"),
     ([1, 2, 3.5], [5, 6, 7], "opposite (-3.8, standard error 0.2)"),
     ([4, 2, 3], [1, 1, 1], "not shown (+2.0, standard error 0.6)"),  # 3.5 standard errors of three
-    ([5, 6], [1, 2], "not judged, with 2 seeds")])
+    ([5, 6], [1, 2], "not judged, with too few seeds")])
 def test_a_claim_is_judged_seed_by_seed_against_the_t_quantile(higher, lower, said):
     assert findings.verdict(dict(enumerate(higher)), dict(enumerate(lower))) == said
 
