@@ -136,7 +136,7 @@ def draw(seeds):
         axis.grid(alpha=0.3)
     figure.axes[0].set_ylabel("top-1 on test videos, %")
     figure.axes[1].legend(loc="upper left")
-    figure.suptitle(f"Fine-tuning against training from scratch (mean and range of up to "
+    figure.suptitle(f"Fine-tuning against training from scratch (mean and range of "
                     f"{len(seeds)} seeds; dotted: guessing)", fontsize=10)
     save(figure, findings.FIGURES / "label_curve.png")
 
