@@ -3,7 +3,7 @@
     python finetune.py --freeze-backbone --checkpoint RUN/last.pt
 
 The features of a clip are CLS and the mean of its tokens' features, side by side. The mean is
-needed because a model that was trained with masks alone has never used CLS. They are computed once
+needed because masks alone put no loss on the final output of CLS. They are computed once
 for each clip, without dropout, and a logistic regression is fitted to their mean over a video's
 clips: minutes on a CPU, with far less noise between seeds than fine-tuning.
 

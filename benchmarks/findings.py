@@ -70,7 +70,7 @@ PARTS = ("pre-training", "fine-tuning")  # of an experiment; the first ends with
 PROBE_LABELS = 1000
 CLIPS = 4  # of a video, for the probe and at test
 # Rates: label_curve.py --rates, on the validation split. From scratch, the best rate there answered
-# one class to the test videos of two seeds; its neighbour was taken.
+# one class to the test videos of two seeds; the second best was taken.
 FINETUNING = dict(num_labels=100, batch=16, steps=200, lr=4e-3)
 # Table 4: without pre-training 4 times the epochs on three datasets, 1.5 times on two
 SCRATCH = dict(FINETUNING, from_scratch=True, steps=800, lr=1e-3)

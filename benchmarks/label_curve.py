@@ -1,7 +1,7 @@
 """What pre-training is worth, by the number of labels: fine-tuning against from scratch.
 
     python benchmarks/label_curve.py            after findings.py: an hour and a half on two cores
-    python benchmarks/label_curve.py --rates    the learning rates, chosen on validation videos
+    python benchmarks/label_curve.py --rates    a grid of learning rates, on validation videos
     python benchmarks/label_curve.py --show     runs nothing; prints and draws what is measured
 
 World, models (Table 7: both tasks, and none), seeds and recipes are those of findings.py; only the
@@ -137,7 +137,7 @@ def draw(seeds):
     figure.axes[0].set_ylabel("top-1 on test videos, %")
     figure.axes[1].legend(loc="upper left")
     figure.suptitle(f"Fine-tuning against training from scratch (mean and range of "
-                    f"{len(seeds)} seeds; dotted: guessing)", fontsize=10)
+                    f"{len(seeds)} seeds; dotted: 25%)", fontsize=10)
     save(figure, findings.FIGURES / "label_curve.png")
 
 
