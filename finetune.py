@@ -53,7 +53,7 @@ BETAS = (0.9, 0.999)  # of Adam, Table 4
 
 @dataclass
 class Config(runs.RunSettings):
-    dataset: str = option("toy", "preset of Table 4: of the analyses or, -results, of Table 1",
+    dataset: str = option("toy", "recipe of Table 4: for the analyses or, -results, for Table 1",
                           list(PRESETS), group="model and labels")
     checkpoint: str = option("", "pre-trained or fine-tuned model, ours or a released one")
     from_scratch: bool = option(False, "random weights, with the sizes of the checkpoint")
@@ -65,7 +65,7 @@ class Config(runs.RunSettings):
     num_labels: int = option(0, "train on so many videos, in class proportion (0: all)", least=0)
     out: str = option("", "folder of the run (default: runs/finetune-LABELS or -DATASET)")
     eval_only: bool = option(False, "test the checkpoint's own classifier, without training")
-    eval_split: str = option("test", "store to measure on: val to choose, test to report")
+    eval_split: str = option("test", "split to measure on: val to choose settings, test to report")
     predict: tuple = option((), "classify these videos or folders with a fine-tuned checkpoint")
     csv: str = option("", "write the classes of --predict to this file")
     draw: bool = option(False, "draw a picture of each video of --predict")
@@ -76,7 +76,7 @@ class Config(runs.RunSettings):
                         most=1000)
     clips: int = option(10, "evenly spaced clips a video at test", least=1, most=1000)
     epochs: float = option(12.0, "passes over the training videos", least=0, group="training")
-    scratch_epochs: float = option(4.0, "--from-scratch trains so many times longer", above=0)
+    scratch_epochs: float = option(4.0, "how many times as long --from-scratch trains", above=0)
     batch: int = option(16, "videos a step, over all processes", least=1)
     lr: float | None = option(None, "peak learning rate (default: by the model's width)", above=0)
     weight_decay: float = option(0.01, "weight decay", least=0)

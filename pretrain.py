@@ -71,7 +71,7 @@ class Config(runs.RunSettings):
     heads: int = option(8, "attention heads", least=1, most=1000)
     head_dim: int = option(64, "size of a head", least=1, most=4096)
     mlp_dim: int = option(2048, "hidden size of the MLP", least=1, most=262144)
-    layout: str = option("T,H|W", "attention layout (Table 13)")
+    layout: str = option("T,H|W", "attention layout of Table 13: TxHxW; T,HxW; T,H,W; T,H|W")
     pre_norm: bool = option(False, "pre-LayerNorm in place of post-LayerNorm")
     init_std: float = option(0.02, "standard deviation of the initial weights", above=0, most=10)
     projection_hidden: int = option(2048, "hidden size of the projection head", least=1, most=65536)

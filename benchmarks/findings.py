@@ -69,8 +69,8 @@ RECIPE = dict(alpha=1.0, layers=2, batch=16, steps=1000, codes=64)
 PARTS = ("pre-training", "fine-tuning")  # of an experiment; the first ends with the probes
 PROBE_LABELS = 1000
 CLIPS = 4  # of a video, for the probe and at test
-# Rates: label_curve.py --rates, on the validation split. From scratch, the best rate there answered
-# one class to the test videos of two seeds; the second best was taken.
+# Rates: label_curve.py --rates, on the validation split. From scratch, two seeds' models trained at
+# the best rate predicted the same class for all test videos; the second best was taken.
 FINETUNING = dict(num_labels=100, batch=16, steps=200, lr=4e-3)
 # Table 4: without pre-training 4 times the epochs on three datasets, 1.5 times on two
 SCRATCH = dict(FINETUNING, from_scratch=True, steps=800, lr=1e-3)
@@ -404,7 +404,7 @@ def lines(number, seeds):
             for count in by_figure(changes, seeds).get("one class", {}).values()]
     if ones:
         count = f"{sum(ones):.0f} of {len(ones) * len(TASKS)}"
-        text += ["", f"Fine-tuned models that answer one class to every video: {count}."]
+        text += ["", f"Fine-tuned models that predict the same class for every video: {count}."]
     return text
 
 
@@ -428,22 +428,22 @@ def summary(seeds):
 
 
 def show(tables, seeds):
-    """Prints and draws the tables; for Tables 7 and 8 also the models, where the runs are here."""
+    """Prints and draws the tables: 7 and 8 as pictures of the models, where the runs are here."""
     FIGURES.mkdir(exist_ok=True)
     for number in tables:
         print(f"\n## {title(number)}\n")
         print("\n".join(lines(number, seeds)))
         rows, name = measured(number, seeds), number.replace(" ", "_")
-        if any(rows.values()):
+        if fine_tuned(number):
+            folders = {row: Path(folder(changes, seeds[0]))
+                       for row, changes in TABLES[number].rows.items()}
+            if all((run / "probes.pt").is_file() for run in folders.values()):
+                said = (f"In miniature, {title(number)}\n(pictures and bars: seed {seeds[0]}, the "
+                        f"same blocks hidden from all; accuracies: all seeds)")
+                draw_models(FIGURES / f"models_{name}.png", said, rows, folders, HOME)
+        elif any(rows.values()):
             drawn = {named(row, figures, seeds): figures for row, figures in rows.items()}
             draw_table(FIGURES / f"table_{name}.png", title(number), drawn)
-        folders = {row: Path(folder(changes, seeds[0]))
-                   for row, changes in TABLES[number].rows.items()}
-        here = all((run / "probes.pt").is_file() for run in folders.values())
-        if number in ("7", "8") and here:
-            said = (f"In miniature, {title(number)}\n(pictures and bars: seed {seeds[0]}, the same "
-                    f"blocks hidden from all; accuracies: all seeds)")
-            draw_models(FIGURES / f"models_{name}.png", said, rows, folders, HOME)
 
 
 def main():

@@ -28,6 +28,7 @@ RESULTS = findings.ROOT / "benchmarks/label_curve.jsonl"
 WAYS = {"pre-trained": (BOTH, FINETUNING, {400: 2e-3, 1600: 2e-3}),
         "from scratch, 4 times the steps": (None, SCRATCH, {400: 5e-4, 1600: 5e-4})}
 LABELS = {25: 1, 100: 1, 400: 2, 1600: 4}  # and how many times the recipe's steps
+MOST_FREQUENT = {"motion": 27.1, "scene": 30.2}  # class of the test videos, in percent
 SEEDS = (0, 1, 2, 3, 4)
 RATES, GRID_LABELS = (2.5e-4, 5e-4, 1e-3, 2e-3, 4e-3, 8e-3), (100, 400, 1600)
 
@@ -132,12 +133,12 @@ def draw(seeds):
         axis.set(title=task, xlabel="labelled videos", xscale="log", ylim=(20, 102))
         axis.set_xticks(list(LABELS), list(LABELS))
         axis.minorticks_off()
-        axis.axhline(25, color="grey", linestyle=":")
+        axis.axhline(MOST_FREQUENT[task], color="grey", linestyle=":")
         axis.grid(alpha=0.3)
     figure.axes[0].set_ylabel("top-1 on test videos, %")
     figure.axes[1].legend(loc="upper left")
     figure.suptitle(f"Fine-tuning against training from scratch (mean and range of "
-                    f"{len(seeds)} seeds; dotted: 25%)", fontsize=10)
+                    f"{len(seeds)} seeds; dotted: most frequent class)", fontsize=10)
     save(figure, findings.FIGURES / "label_curve.png")
 
 

@@ -8,6 +8,7 @@ For each folder, which holds a tokenizer and its tokens: PSNR and perplexity of 
 the share of all tokens that equal the token at the same place three frames later (at 8 frames a
 second, as in the toy's clips on average), or the next one to the right.
 """
+import argparse
 import sys
 from pathlib import Path
 
@@ -18,6 +19,7 @@ sys.path.insert(0, str(ROOT))
 
 import data
 import vqvae
+from plumbing.cli import run
 from plumbing.tokenizing import measure
 
 STEP = 3  # frames
@@ -40,13 +42,18 @@ def statistics(folder):
 
 
 def main():
+    parser = argparse.ArgumentParser(description=__doc__,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("folders", nargs="+", type=Path, metavar="FOLDER",
+                        help="holds tokenizer.pt and tokens/pretrain")
+    folders = parser.parse_args().folders
     print("| | videos | PSNR, dB | perplexity | equal 3 frames later, % | equal to the right, % |")
     print("| --- | --- | --- | --- | --- | --- |")
-    for folder in map(Path, sys.argv[1:]):
+    for folder in folders:
         count = len(data.TokenStore(folder / "tokens/pretrain"))
         cells = " | ".join(f"{value:.1f}" for value in statistics(folder))
         print(f"| {folder} | {count:,} | {cells} |")
 
 
 if __name__ == "__main__":
-    main()
+    run(main)
