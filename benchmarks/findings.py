@@ -393,18 +393,42 @@ def lines(number, seeds):
         row = f"| {named(name, figures, seeds)} | {' | '.join(cells)} | {paper} |"
         text.append(row.replace("H|W", "H\\|W"))
     text.append("")
-    for claim, figure, *pair in table.claims:
-        instruments = {"probe": f"probe {figure}", "fine-tuning": figure}
-        if figure not in TASKS:
-            instruments = {"": figure}
-        said = [f"{instrument} {verdict(*(rows[row][name] for row in pair), digits[name])}".strip()
-                for instrument, name in instruments.items() if name in there]
-        text.append(f"- {claim}: {'; '.join(said) or 'not measured'}")
+    for claim, said in verdicts(number, seeds):
+        text.append(f"- {claim}: {'; '.join(map(' '.join, said.items())).strip() or 'not measured'}")
     ones = [count for changes in table.rows.values() if fine_tuned(number)
             for count in by_figure(changes, seeds).get("one class", {}).values()]
     if ones:
         count = f"{sum(ones):.0f} of {len(ones) * len(TASKS)}"
         text += ["", f"Fine-tuned models that predict the same class for every video: {count}."]
+    return text
+
+
+def verdicts(number, seeds):
+    """-> [(a claim of the table, {instrument, or "" for a loss or an accuracy: verdict})]."""
+    rows, said = measured(number, seeds), []
+    there = next(iter(rows.values()))
+    for claim, figure, *pair in TABLES[number].claims:
+        names = {"probe": f"probe {figure}", "fine-tuning": figure}
+        names = names if figure in TASKS else {"": figure}
+        said.append((claim, {instrument: verdict(*(rows[row][name] for row in pair),
+                                                 3 if "loss" in name else 1)
+                             for instrument, name in names.items() if name in there}))
+    return said
+
+
+def tally(seeds):
+    """The verdicts on what the paper claims, counted -> [line]."""
+    kinds = {"probe": "motion or scene, by the probe",
+             "fine-tuning": "motion or scene, by fine-tuning",
+             "": "mask accuracy, contrastive loss, copied"}
+    given = [(instrument, said.split(" (")[0]) for number in TABLES
+             for claim, judged in verdicts(number, seeds) if not claim.startswith("(asked here)")
+             for instrument, said in judged.items()]
+    text = ["| claims of the paper about | shown | not shown | opposite |",
+            "| --- | --- | --- | --- |"]
+    for instrument, kind in kinds.items():
+        counts = [given.count((instrument, said)) for said in ("shown", "not shown", "opposite")]
+        text.append(f"| {kind} | {' | '.join(map(str, counts))} |")
     return text
 
 

@@ -229,3 +229,7 @@ def test_the_page_shows_the_tables_that_were_measured(number):
     section = SECTIONS[findings.title(number)]
     for line in findings.lines(number, SEEDS):
         assert line in section
+
+
+def test_the_page_counts_the_verdicts_that_were_measured():
+    assert "\n".join(findings.tally(SEEDS)) in PAGE
