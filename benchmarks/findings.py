@@ -394,7 +394,8 @@ def lines(number, seeds):
         text.append(row.replace("H|W", "H\\|W"))
     text.append("")
     for claim, said in verdicts(number, seeds):
-        text.append(f"- {claim}: {'; '.join(map(' '.join, said.items())).strip() or 'not measured'}")
+        said = "; ".join(f"{instrument} {judged}".strip() for instrument, judged in said.items())
+        text.append(f"- {claim}: {said or 'not measured'}")
     ones = [count for changes in table.rows.values() if fine_tuned(number)
             for count in by_figure(changes, seeds).get("one class", {}).values()]
     if ones:
@@ -454,6 +455,8 @@ def summary(seeds):
 def show(tables, seeds):
     """Prints and draws the tables: 7 and 8 as pictures of the models, where the runs are here."""
     FIGURES.mkdir(exist_ok=True)
+    if tables == list(TABLES):
+        print("\n".join(tally(seeds)))
     for number in tables:
         print(f"\n## {title(number)}\n")
         print("\n".join(lines(number, seeds)))
