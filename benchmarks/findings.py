@@ -62,7 +62,8 @@ from probe import probe, video_features
 from transformer import load_backbone
 
 RESULTS, FIGURES = ROOT / "benchmarks/findings.jsonl", ROOT / "benchmarks/figures"
-HOME = Path("datasets/findings")
+TOKENIZER = 0  # seed of the tokenizer; change it for another, with folders and results of its own
+HOME = Path(f"datasets/findings-{TOKENIZER}" if TOKENIZER else "datasets/findings")
 SPLITS = {"pretrain": 2000, "train": 1600, "val": 300, "test": 1000}
 # Differences from the toy preset. With fewer codes, the same steps get further.
 RECIPE = dict(alpha=1.0, layers=2, batch=16, steps=1000, codes=64)
@@ -91,7 +92,7 @@ def make_world():
     if not path.is_file():
         videos = [video for video, _ in splits["pretrain"]]
         vqvae.make_tokenizer(videos, path, fps, size, 8000, codes=preset["codes"],
-                             steps=preset["tokenizer_steps"], batch=64, lr=2e-3, seed=0,
+                             steps=preset["tokenizer_steps"], batch=64, lr=2e-3, seed=TOKENIZER,
                              device=CPU)
     tokenizer, views = vqvae.load_tokenizer(path), data.views_for("pretrain", size)
     if tokenizer.vocab_size != preset["codes"]:
@@ -257,7 +258,7 @@ def experiment(job):
 
 
 def common_settings():
-    return {"splits": SPLITS, "pre-training": RECIPE, "clips": CLIPS}
+    return {"splits": SPLITS, "tokenizer": TOKENIZER, "pre-training": RECIPE, "clips": CLIPS}
 
 
 def settings(part, changes):

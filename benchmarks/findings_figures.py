@@ -123,6 +123,6 @@ def draw_accuracies(axis, figures, labels):
         axis.vlines(constant, y - 0.5, y + 0.5, color="grey", linestyle=":")
     axis.set_yticks(range(len(names)), [heading(name) for name in names])
     axis.set(xlim=(20, 100), ylim=(len(names) - 0.4, -0.8), xlabel="top-1 in %")
-    axis.set_title(f"{len(classes):,} test videos, all seeds (dotted: most frequent class)",
+    axis.set_title(f"{len(classes):,} test videos, all seeds (dotted: one answer)",
                    fontsize=8)
     axis.grid(alpha=0.3)
