@@ -435,7 +435,7 @@ def tally(seeds):
 
 
 def summary(seeds):
-    """The README's table of Tables 7 and 8: means over the seeds -> [line]."""
+    """The README's table of Tables 7 and 8 -> [line]."""
     figures = ("mask accuracy", *TASKS, *(f"probe {task}" for task in TASKS))
     tasks, masks = measured("7", seeds), measured("8", seeds)
     rows = {"none": tasks["none"], "contrastive only": tasks["contrastive only"],
@@ -444,9 +444,7 @@ def summary(seeds):
     text = [f"| pre-training | {' | '.join(map(heading, figures))} |",
             f"| --- {'| --- ' * len(figures)}|"]
     for name, row in rows.items():
-        cells = [f"{np.mean(list(row[figure].values())):.1f}" if row[figure] else "-"
-                 for figure in figures]
-        text.append(f"| {name} | {' | '.join(cells)} |")
+                text.append(f"| {name} | {' | '.join(spread(row[figure]) for figure in figures)} |")
     return text
 
 
