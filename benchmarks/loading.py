@@ -1,4 +1,4 @@
-"""How fast videos become tokens and tokens become clips: the figures of benchmarks/RESULTS.md.
+"""How fast videos become tokens and tokens become clips: the figures of benchmarks/performance.md.
 
     python benchmarks/loading.py store --videos 1240000          a store of HowTo100M's size
     python benchmarks/loading.py tokenize --videos DIR --tokenizer vqvae.pt --frame-size 128

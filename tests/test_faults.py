@@ -1,6 +1,6 @@
 """A short run of benchmarks/faults.py, and two runs into one folder.
 
-The long run is in benchmarks/RESULTS.md.
+The long run is in benchmarks/performance.md.
 """
 import contextlib
 import random
