@@ -233,3 +233,8 @@ def test_the_page_shows_the_tables_that_were_measured(number):
 
 def test_the_page_counts_the_verdicts_that_were_measured():
     assert "\n".join(findings.tally(SEEDS)) in PAGE
+
+
+def test_the_page_shows_table_8_with_another_tokenizer(monkeypatch):
+    monkeypatch.setattr(findings, "TOKENIZER", 1)
+    assert "\n".join(findings.lines("8", [5, 6, 7, 8, 9])) in PAGE
