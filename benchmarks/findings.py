@@ -330,6 +330,10 @@ def measure_all(work, waiting, path):
 # ---------------------------------------------------------------- tables and verdicts
 
 
+def digits(figure):
+    return 3 if "loss" in figure else 1
+
+
 def spread(by_seed, digits=1):
     """Mean and standard deviation of {seed: number}, as text."""
     if not by_seed:
@@ -386,17 +390,16 @@ def lines(number, seeds):
     """A table in markdown, followed by the verdicts on the paper's claims -> [line]."""
     table, rows = TABLES[number], measured(number, seeds)
     there = list(next(iter(rows.values())))
-    digits = {figure: 3 if "loss" in figure else 1 for figure in there}
     text = [f"| | {' | '.join(map(heading, there))} | the paper |",
             f"| --- {'| --- ' * (len(there) + 1)}|"]
     for (name, figures), paper in zip(rows.items(), table.paper):
-        cells = [spread(figures[figure], digits[figure]) for figure in there]
+        cells = [spread(figures[figure], digits(figure)) for figure in there]
         row = f"| {named(name, figures, seeds)} | {' | '.join(cells)} | {paper} |"
         text.append(row.replace("H|W", "H\\|W"))
     text.append("")
-    for claim, said in verdicts(number, seeds):
-        said = "; ".join(f"{instrument} {judged}".strip() for instrument, judged in said.items())
-        text.append(f"- {claim}: {said or 'not measured'}")
+    for claim, judged in verdicts(number, seeds):
+        said = [f"{instrument} {result}".strip() for instrument, result in judged.items()]
+        text.append(f"- {claim}: {'; '.join(said) or 'not measured'}")
     ones = [count for changes in table.rows.values() if fine_tuned(number)
             for count in by_figure(changes, seeds).get("one class", {}).values()]
     if ones:
@@ -407,15 +410,16 @@ def lines(number, seeds):
 
 def verdicts(number, seeds):
     """-> [(a claim of the table, {instrument, or "" for a loss or an accuracy: verdict})]."""
-    rows, said = measured(number, seeds), []
+    rows, judged = measured(number, seeds), []
     there = next(iter(rows.values()))
     for claim, figure, *pair in TABLES[number].claims:
-        names = {"probe": f"probe {figure}", "fine-tuning": figure}
-        names = names if figure in TASKS else {"": figure}
-        said.append((claim, {instrument: verdict(*(rows[row][name] for row in pair),
-                                                 3 if "loss" in name else 1)
-                             for instrument, name in names.items() if name in there}))
-    return said
+        instruments = {"": figure}
+        if figure in TASKS:
+            instruments = {"probe": f"probe {figure}", "fine-tuning": figure}
+        judged.append((claim, {
+            instrument: verdict(*(rows[row][name] for row in pair), digits(name))
+            for instrument, name in instruments.items() if name in there}))
+    return judged
 
 
 def tally(seeds):
@@ -444,7 +448,7 @@ def summary(seeds):
     text = [f"| pre-training | {' | '.join(map(heading, figures))} |",
             f"| --- {'| --- ' * len(figures)}|"]
     for name, row in rows.items():
-                text.append(f"| {name} | {' | '.join(spread(row[figure]) for figure in figures)} |")
+        text.append(f"| {name} | {' | '.join(spread(row[figure]) for figure in figures)} |")
     return text
 
 
